@@ -1,9 +1,9 @@
 """Write `lightrun.pyz`: the daemon and everything it imports in one file that any CPython 3.10 to 3.13 runs.
 
-`python3 build_zipapp.py` needs nothing beside Python but pip, and PyPI once: the wheels that pyproject.toml locks are kept in
-`.cache/wheels`, and the next build works offline. Two builds of one commit are the same bytes, whatever the Python, the
-zlib, the umask and the clock: names are sorted, dates, modes and the system field are fixed, and nothing is compressed, since
-deflate's output differs between zlib and its replacements.
+`python3 build_zipapp.py` needs nothing beside Python but pip, and PyPI once: the wheels that pyproject.toml locks are
+kept in `.cache/wheels`, and the next build works offline. Two builds of one commit are the same bytes, whatever the
+Python, the zlib, the umask and the clock: names are sorted, dates, modes and the system field are fixed, and nothing is
+compressed, since deflate's output differs between zlib and its replacements.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class BuildError(Exception):
 
 
 def locked_wheels(pyproject: str) -> dict[str, str]:
-    """Map the SHA-256 of each wheel in pyproject.toml's `[tool.lightrun] wheels` to its requirement, such as `idna==3.20`.
+    """Map the SHA-256 of each wheel that pyproject.toml locks to its requirement, such as `idna==3.20`.
 
     Read with a pattern because Python 3.10 has no TOML parser, and one way for all Pythons is one result.
     """
@@ -81,15 +81,15 @@ def _download(locked: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text("".join(f"{name} --hash=sha256:{digest}\n" for digest, name in locked.items()))
-        options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--implementation=py", "--abi=none", "--platform=any"]
-        command = [_python_with_pip(Path(folder)), "-m", "pip", "download", "-q", *options, "-d", folder, "-r", str(requirements)]
-        _run(command)
+        pip = [_python_with_pip(Path(folder)), "-m", "pip", "download", "-q", "--no-deps", "--require-hashes"]
+        pure = ["--only-binary=:all:", "--implementation=py", "--abi=none", "--platform=any"]
+        _run([*pip, *pure, "-d", folder, "-r", str(requirements)])
         for wheel in Path(folder).glob("*.whl"):
             wheel.replace(CACHE / wheel.name)
 
 
 def _python_with_pip(folder: Path) -> str:
-    """A Python that has pip: this one, else one in a throw-away virtual environment, else after installing Debian's pip as root."""
+    """A Python that has pip: this one, else one in a throw-away virtual environment, else Debian's, as root."""
     if importlib.util.find_spec("pip"):
         return sys.executable
     if importlib.util.find_spec("ensurepip"):
@@ -147,7 +147,7 @@ def archive_bytes(files: dict[str, bytes]) -> bytes:
 
 
 def write_executable(target: Path, content: bytes) -> None:
-    """Put `content` in place in one step: a daemon that is starting from the old file never sees half of the new one."""
+    """Put `content` in place in one step: a daemon that starts meanwhile never sees half of the file."""
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

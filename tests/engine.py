@@ -1,8 +1,8 @@
 """Bring up a Docker Engine with one small image on it, using nothing but Python and Debian's packages.
 
-`python3 tests/engine.py` finds an engine (`DOCKER_HOST`, else the default socket) or, as root on Debian or Ubuntu, installs
-and starts one that outlives this script, and makes sure that `lightrun/busybox:latest` is on it without any registry. When it
-cannot go on it says what is missing in one line and exits with 1.
+`python3 tests/engine.py` finds an engine (`DOCKER_HOST`, else the default socket) or, as root on Debian or Ubuntu,
+installs and starts one that outlives this script, and makes sure that `lightrun/busybox:latest` is on it without any
+registry. When it cannot go on it says what is missing in one line and exits with 1.
 
 Tests also take `PrivateEngine` from here: a second `dockerd` that they may stop, freeze and kill.
 """
@@ -43,7 +43,11 @@ ENGINE_PIDFILE = Path("/var/run/docker.pid")
 START_SECONDS = 60.0
 APT_SECONDS = 900.0
 
-PASSWD = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1000:app:/home/app:/bin/sh\nnobody:x:65534:65534:nobody:/tmp:/bin/sh\n"
+PASSWD = """\
+root:x:0:0:root:/root:/bin/sh
+app:x:1000:1000:app:/home/app:/bin/sh
+nobody:x:65534:65534:nobody:/tmp:/bin/sh
+"""
 GROUP = "root:x:0:\napp:x:1000:\nnogroup:x:65534:\n"
 
 
@@ -54,7 +58,7 @@ class EngineError(Exception):
 # ---------------------------------------------------------------- The Engine API
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """An HTTP connection over a Unix socket."""
 
     def __init__(self, path: str, timeout: float) -> None:
@@ -68,13 +72,18 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 class EngineApi:
-    """The few Engine API calls that a machine without the docker SDK needs, over unix or tcp (with the Docker TLS variables)."""
+    """The few Engine API calls that a machine without the docker SDK needs, over unix or tcp, with TLS too."""
 
     def __init__(self, host: str | None = None) -> None:
         self.host = host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
 
     def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 60
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 60,
     ) -> tuple[int, bytes]:
         """Send one request and return its status and body. Raises EngineError when the engine does not answer."""
         connection = self._connection(timeout)
@@ -111,7 +120,7 @@ class EngineApi:
         return json.loads(answer) if status == 200 else None
 
     def import_image(self, tar: bytes, image: str, changes: Sequence[str]) -> None:
-        """Make `image` of a root file system; `changes` are Dockerfile instructions. The engine answers 200 before it fails."""
+        """Make `image` of a root file system; `changes` are Dockerfile instructions."""
         repository, tag = image.rsplit(":", 1)
         query = urlencode({"fromSrc": "-", "repo": repository, "tag": tag, "changes": list(changes)}, doseq=True)
         _raise_stream_error(self.call("POST", f"/images/create?{query}", tar, {"Content-Type": "application/x-tar"}))
@@ -123,7 +132,7 @@ class EngineApi:
     def _connection(self, timeout: float) -> http.client.HTTPConnection:
         parts = urlsplit(self.host)
         if parts.scheme == "unix":
-            return _UnixConnection(parts.path, timeout)
+            return UnixConnection(parts.path, timeout)
         if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
             raise EngineError(f"DOCKER_HOST={self.host}: only unix:// and tcp:// are known here")
         if not os.environ.get("DOCKER_TLS_VERIFY"):
@@ -135,7 +144,7 @@ class EngineApi:
 
 
 def _raise_stream_error(answer: bytes) -> None:
-    """Raise the error that an answer of JSON lines carries, if any."""
+    """Raise the error that an answer of JSON lines carries, if any: the engine says 200 before it fails."""
     for line in answer.splitlines():
         error = json.loads(line).get("error") if line.strip() else None
         if error:
@@ -146,7 +155,7 @@ def _raise_stream_error(answer: bytes) -> None:
 
 
 def ensure_engine() -> str:
-    """Find an engine or install and start one; return a line that says which. Raises EngineError when neither is possible."""
+    """Find an engine, or install and start one; return a line that says which. Raises EngineError."""
     api = EngineApi()
     if api.alive():
         return f"engine {api.version()} at {api.host}"
@@ -155,20 +164,29 @@ def ensure_engine() -> str:
     if not shutil.which("dockerd"):
         install(ENGINE_PACKAGES, f"no Docker Engine at {DEFAULT_HOST}")
     elif os.geteuid() != 0:
-        raise EngineError(f"no Docker Engine answers at {DEFAULT_HOST} for this user: start it, join its group, or run this as root")
+        raise EngineError(
+            f"no Docker Engine answers at {DEFAULT_HOST} for this user: start it, join its group, or run this as root"
+        )
     how = _start_engine(api)
     return f"engine {api.version()} at {api.host} ({how})"
 
 
 def install(packages: Sequence[str], why: str) -> None:
-    """Install Debian packages with one apt-get call. Raises EngineError, naming them, when this user or system cannot."""
+    """Install Debian packages with one apt-get call. Raises EngineError, naming them, when it cannot."""
     wanted = " ".join(packages)
     if not {"debian", "ubuntu"} & _system_ids():
-        raise EngineError(f"{why}, and this is not Debian or Ubuntu: install and start Docker Engine and busybox by hand")
+        raise EngineError(
+            f"{why}, and this is not Debian or Ubuntu: install and start Docker Engine and busybox by hand"
+        )
     if os.geteuid() != 0:
-        raise EngineError(f"{why}, and this user is not root: run this as root, or have root run apt-get install {wanted}")
+        raise EngineError(
+            f"{why}, and this user is not root: run this as root, or have root run apt-get install {wanted}"
+        )
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "NEEDRESTART_SUSPEND": "1"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages]):
+    for command in (
+        ["apt-get", "update", "-qq"],
+        ["apt-get", "install", "-qq", "-y", "--no-install-recommends", *packages],
+    ):
         _run(command, environment)
 
 
@@ -209,8 +227,8 @@ def _start_engine(api: EngineApi) -> str:
         _wait(api.alive, lambda: False, "systemctl start docker", "see journalctl -u docker")
         return "started by systemd"
     _remove_stale_pidfile()
-    # A session of its own, no terminal, no pipe: it must not end with the shell or the test run that asked for it. It needs
-    # no option here: cgroups are mounted, overlay2 and iptables work.
+    # A session of its own, no terminal, no pipe: it must not end with the shell or the test run that asked for it. It
+    # needs no option here: cgroups are mounted, overlay2 and iptables work.
     with ENGINE_LOG.open("ab") as log:
         process = subprocess.Popen(
             ["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
@@ -221,7 +239,7 @@ def _start_engine(api: EngineApi) -> str:
 
 
 def _remove_stale_pidfile() -> None:
-    """A machine that was cut off leaves dockerd's pidfile; another program may have that number now, and dockerd would refuse."""
+    """A machine that was cut off leaves dockerd's pidfile; when another program has that number, dockerd refuses."""
     with contextlib.suppress(OSError, ValueError):
         pid = int(ENGINE_PIDFILE.read_text())
         if Path(f"/proc/{pid}/comm").read_text().strip() != "dockerd":
@@ -229,7 +247,7 @@ def _remove_stale_pidfile() -> None:
 
 
 def _wait(ready: Callable[[], bool], ended: Callable[[], bool], what: str, hint: str) -> None:
-    """Wait until `ready`, at most START_SECONDS; give up at once when `ended`, unless another engine answers meanwhile."""
+    """Wait until `ready`, at most START_SECONDS; give up at once when `ended`."""
     deadline = time.monotonic() + START_SECONDS
     while not ready():
         if ended() and not ready():
@@ -291,7 +309,9 @@ def _static_busybox_on_path() -> Path | None:
 def _downloaded_busybox() -> bytes:
     with tempfile.TemporaryDirectory(prefix="lightrun-busybox-") as folder:
         try:
-            subprocess.run(["apt-get", "download", "-qq", "busybox-static"], cwd=folder, capture_output=True, check=True)
+            subprocess.run(
+                ["apt-get", "download", "-qq", "busybox-static"], cwd=folder, capture_output=True, check=True
+            )
             package = next(Path(folder).glob("*.deb"))
             subprocess.run(["dpkg-deb", "-x", package, folder], capture_output=True, check=True)
             return next(path for path in Path(folder).rglob("bin/busybox") if path.is_file()).read_bytes()
@@ -300,7 +320,7 @@ def _downloaded_busybox() -> bytes:
 
 
 def is_static(binary: bytes) -> bool:
-    """Whether a 64-bit little-endian ELF program asks for no interpreter (PT_INTERP), that is, needs no shared library."""
+    """Whether a 64-bit little-endian ELF program asks for no interpreter (PT_INTERP), so needs no library."""
     if binary[:6] != b"\x7fELF\x02\x01":
         return False
     table, size, count = struct.unpack_from("<Q", binary, 32)[0], *struct.unpack_from("<HH", binary, 54)
@@ -312,8 +332,15 @@ def root_filesystem(busybox: bytes) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, mode, owner in (
-            ("bin", 0o755, 0), ("etc", 0o755, 0), ("home", 0o755, 0), ("home/app", 0o755, 1000), ("root", 0o700, 0),
-            ("tmp", 0o1777, 0), ("usr", 0o755, 0), ("usr/bin", 0o755, 0), ("var", 0o755, 0),
+            ("bin", 0o755, 0),
+            ("etc", 0o755, 0),
+            ("home", 0o755, 0),
+            ("home/app", 0o755, 1000),
+            ("root", 0o700, 0),
+            ("tmp", 0o1777, 0),
+            ("usr", 0o755, 0),
+            ("usr/bin", 0o755, 0),
+            ("var", 0o755, 0),
         ):
             _add(tar, name, tarfile.DIRTYPE, mode, owner=owner)
         _add(tar, "etc/passwd", tarfile.REGTYPE, 0o644, PASSWD.encode())
@@ -348,12 +375,12 @@ def _applets(busybox: bytes) -> list[str]:
 
 
 class PrivateEngine:
-    """A second dockerd in network, mount and process namespaces of its own, for tests that stop, freeze or kill an engine.
+    """A second dockerd in namespaces of its own (network, mount, process), for tests that stop, freeze or kill one.
 
-    The machine's engine is not disturbed, because nothing is shared but the kernel and the cgroup tree: two dockerds in one
-    network namespace would share docker0 and empty each other's iptables chains. And nothing stays behind, because
-    the namespaces die with their first process, and every container, shim, mount and bridge with them. The price: no
-    network but among its own containers. Its API is the Unix socket `host`.
+    The machine's engine is not disturbed, because nothing is shared but the kernel and the cgroup tree: two dockerds
+    in one network namespace would share docker0 and empty each other's iptables chains. And nothing stays behind,
+    because the namespaces die with their first process, and every container, shim, mount and bridge with them. The
+    price: no network but among its own containers. Its API is the Unix socket `host`.
 
     `with PrivateEngine("--live-restore") as engine:` enters it started, with IMAGE on it.
     """
@@ -398,7 +425,9 @@ class PrivateEngine:
         with (self.folder / "log").open("ab") as log:
             self._dockerd = process = subprocess.Popen(
                 ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "dockerd", *arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         _wait(self.api.alive, lambda: process.poll() is not None, "the private dockerd", self.log()[-2000:])
 
@@ -446,9 +475,11 @@ class PrivateEngine:
         /run is hidden by an empty one, since containerd's shims and iptables' lock have fixed places there.
         """
         script = "mount -t tmpfs tmpfs /run && ip link set lo up && touch /run/ready && exec sleep infinity"
+        init = ["docker-init", "-s", "--"]
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "docker-init", "-s", "--", "sh", "-c", script],
-            stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", *init, "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         holder = self._holder
         _wait(self._namespaces_ready, lambda: holder.poll() is not None, "unshare", "namespaces need root and iproute2")

@@ -14,7 +14,7 @@ from types import TracebackType
 from urllib.parse import quote, urlencode
 
 import bcrypt
-from engine import IMAGE, EngineApi, EngineError, find_busybox, root_filesystem
+from engine import EngineApi, EngineError, find_busybox, root_filesystem
 
 USER_ID_IMAGE = "lightrun/busybox-uid:latest"
 USER_NAME_IMAGE = "lightrun/busybox-user:latest"
@@ -23,7 +23,8 @@ USER_NAME_IMAGE = "lightrun/busybox-user:latest"
 def make_image(api: EngineApi, name: str, *instructions: str) -> str:
     """Make image `name` of busybox with Dockerfile `instructions` of the kinds that an import takes; return the name.
 
-    CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME and WORKDIR are. PATH is set and the command is `sh`, unless they say otherwise.
+    CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME and WORKDIR are. PATH is set and the command is `sh`, unless they
+    say otherwise.
     """
     defaults = ["ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 'CMD ["sh"]']
     api.import_image(root_filesystem(find_busybox()[0]), name, [*defaults, *instructions])
@@ -101,7 +102,7 @@ class Registry:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def push(self, image: str, name: str, api: EngineApi | None = None) -> str:
-        """Push `image` as `name` (`folder/image:tag`) and return the full reference. The engine forgets that reference, so it must pull."""
+        """Push `image` as `name` (`folder/image:tag`) and return the full reference, which the engine then forgets."""
         api = api or EngineApi()
         repository, tag = f"{self.address}/{name}".rsplit(":", 1)
         api.call("POST", f"/images/{quote(image)}/tag?" + urlencode({"repo": repository, "tag": tag}))
@@ -146,8 +147,3 @@ def _accepts(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-__all__ = [
-    "IMAGE", "USER_ID_IMAGE", "USER_NAME_IMAGE", "Registry", "make_image", "remove_image", "user_id_image", "user_name_image",
-]  # fmt: skip

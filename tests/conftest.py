@@ -1,0 +1,545 @@
+"""What the tests share: an engine, the zip application, daemons, a callback receiver, and a check that nothing is left.
+
+A test takes `daemon` and calls it: `lightrun = daemon("--max-concurrent", "2")` starts one on a free port with a state
+dir, a home and a temporary folder of its own. It ends with the test, and whatever it left is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import email.message
+import http.client
+import http.server
+import json as jsonlib
+import os
+import shutil
+import signal
+import socket as socketlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import docker
+import hypothesis
+import psutil
+import pytest
+from engine import DEFAULT_HOST, IMAGE, EngineApi, UnixConnection
+from images import Registry, user_id_image, user_name_image
+
+ROOT = Path(__file__).resolve().parent.parent
+LABEL_STATE = "lightrun.state"
+LABEL_RUN = "lightrun.run"
+NETWORK = "lightrun"
+START_SECONDS = 10.0
+STOP_SECONDS = 20.0
+SETTLE_SECONDS = 10.0
+# What a daemon gets of this process's environment; all else is the test's to give.
+KEPT_VARIABLES = ("PATH", "LANG", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
+
+# An unclosed file shows in the daemon's log, but is nobody's error when the process ends anyway.
+WARNINGS = ("-W", "error", "-W", "default::ResourceWarning")
+
+# A machine with two busy cores misses any deadline now and then.
+hypothesis.settings.register_profile("lightrun", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("lightrun")
+
+
+# ---------------------------------------------------------------- Waiting
+
+
+def eventually(condition: Callable[[], Any], timeout: float = SETTLE_SECONDS, interval: float = 0.05) -> Any:
+    """Call `condition` until what it returns is true, and return that; the last value, true or not, when time is up."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(interval)
+    return value
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    with socketlib.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------- The session's folder, and nothing left in it
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put every temporary file under one folder. Its name is short: Unix socket paths end at 107 bytes."""
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="lightrun-test-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove that folder, with pytest's own below it."""
+    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail the session when a process, or a file in its temporary folder, outlives its test."""
+    yield
+    eventually(lambda: not _child_processes())
+    assert not _child_processes(), "processes left"
+    left = [path.name for path in Path(tempfile.gettempdir()).iterdir() if not path.name.startswith("pytest-of-")]
+    assert not left, "temporary files left"
+
+
+def _child_processes() -> list[str]:
+    children = psutil.Process().children(recursive=True)
+    return [f"{child.pid} {child.name()}" for child in children if child.is_running()]
+
+
+# ---------------------------------------------------------------- The engine
+
+
+@pytest.fixture(scope="session")
+def engine_api() -> EngineApi:
+    """A running engine with IMAGE on it, brought up when need be. Fails when none can be had."""
+    done = subprocess.run([sys.executable, ROOT / "tests/engine.py"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.fail(done.stderr, pytrace=False)
+    return EngineApi()
+
+
+@pytest.fixture(scope="session")
+def engine(engine_api: EngineApi) -> Iterator[docker.APIClient]:
+    """The engine through the docker SDK; at its end, whatever the tests left on it is an error."""
+    client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
+    networks, volumes = _network_names(client), _dangling_volumes(client)
+    try:
+        yield client
+        if NETWORK not in networks:
+            with contextlib.suppress(docker.errors.APIError):  # Never made, or another session's daemon uses it by now.
+                client.remove_network(NETWORK)
+        containers = [entry["Names"] for entry in Daemon.all_containers(client)]
+        assert not containers, "containers left"
+        assert not {name for name in _network_names(client) - networks - {NETWORK} if name.startswith("lightrun")}
+        # Another user's run may have a volume between two containers of its own: look again before calling it ours.
+        eventually(lambda: not _dangling_volumes(client) - volumes)
+        assert not _dangling_volumes(client) - volumes, "volumes left"
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="session")
+def uid_image(engine_api: EngineApi) -> str:
+    """An image that runs as user 1000, by number."""
+    return user_id_image(engine_api)
+
+
+@pytest.fixture(scope="session")
+def user_image(engine_api: EngineApi) -> str:
+    """An image that runs as user `app`, by name, in a work directory that belongs to root."""
+    return user_name_image(engine_api)
+
+
+@pytest.fixture
+def registry(engine: docker.APIClient) -> Iterator[Registry]:
+    """A registry that takes everybody."""
+    with Registry() as started:
+        yield started
+
+
+@pytest.fixture
+def private_registry(engine: docker.APIClient) -> Iterator[Registry]:
+    """A registry that asks for a name and a password."""
+    with Registry("someone", "correct horse") as started:
+        yield started
+
+
+def _network_names(client: docker.APIClient) -> set[str]:
+    return {str(network["Name"]) for network in client.networks()}
+
+
+def _dangling_volumes(client: docker.APIClient) -> set[str]:
+    return {str(volume["Name"]) for volume in client.volumes(filters={"dangling": True})["Volumes"] or ()}
+
+
+# ---------------------------------------------------------------- The daemon
+
+
+@pytest.fixture(scope="session")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """lightrun.pyz, built from the working tree, in a place where no later build replaces it under a running daemon."""
+    done = subprocess.run([sys.executable, ROOT / "build_zipapp.py"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.fail(done.stderr, pytrace=False)
+    return Path(shutil.copy2(ROOT / "lightrun.pyz", tmp_path_factory.mktemp("pyz")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """An HTTP answer, read to its end."""
+
+    status: int
+    headers: email.message.Message
+    body: bytes
+
+    def json(self) -> Any:
+        """The body as JSON."""
+        return jsonlib.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8 text."""
+        return self.body.decode()
+
+
+class Daemon:
+    """One lightrun process, and a client for it. `start` may follow `stop` and `kill`: same state dir, same address."""
+
+    # The state ids of every daemon of this session: by them the final check knows our containers from other people's.
+    state_ids: ClassVar[set[str]] = set()
+
+    def __init__(
+        self, pyz: Path, client: docker.APIClient, options: tuple[str, ...], *, socket: bool = False,
+        env: Mapping[str, str] | None = None, state_dir: Path | None = None, python: str | Path = sys.executable,
+    ) -> None:  # fmt: skip
+        self.folder = Path(tempfile.mkdtemp(prefix="d-"))
+        self.home, self.temporary = self.folder / "home", self.folder / "tmp"
+        self.home.mkdir()
+        self.temporary.mkdir()
+        self.state_dir = state_dir or self.folder / "state"
+        self.socket = self.folder / "s" if socket else None
+        self.port = 0 if socket else free_port()
+        self.url = "" if socket else f"http://127.0.0.1:{self.port}"
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        self.env = {**kept, "HOME": str(self.home), "TMPDIR": str(self.temporary), **(env or {})}
+        address = ["--socket", str(self.socket)] if socket else ["--port", str(self.port)]
+        state = [] if "--state-dir" in options else ["--state-dir", str(self.state_dir)]
+        self.command = [str(python), *WARNINGS, str(pyz), "serve", *address, *state, *options]
+        self.token = options[options.index("--token") + 1] if "--token" in options else self.env.get("LIGHT_RUN_TOKEN")
+        self.may_log_tracebacks = False
+        self._client = client
+        self._own_ids: set[str] = set()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # Its life
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The latest process, running or not."""
+        assert self._process is not None, "the daemon was never started"
+        return self._process
+
+    @property
+    def pid(self) -> int:
+        """The latest process's id."""
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self, wait: bool = True) -> Daemon:
+        """Start the process; return when it answers /health with any status, or at once without `wait`."""
+        assert not self.running, "the daemon is running"
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                self.command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder
+            )
+        if wait and not eventually(lambda: not self.running or self.healthy(), START_SECONDS):
+            raise AssertionError(f"the daemon does not answer:\n{self.log()}")
+        assert not wait or self.running, f"the daemon ended with {self.process.returncode}:\n{self.log()}"
+        return self
+
+    def healthy(self) -> bool:
+        """Whether /health gives an answer."""
+        try:
+            return self.request("GET", "/health", timeout=5).status in (200, 503)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def stop(self, timeout: float = STOP_SECONDS) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+
+    def log(self) -> str:
+        """What every process of this daemon has written to standard output and standard error."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    # Talking to it
+
+    def request(
+        self, method: str, path: str, json: Any = None, body: bytes | str | None = None,
+        headers: Mapping[str, str] | None = None, timeout: float = 60,
+    ) -> Response:  # fmt: skip
+        """Send one request and read the answer. `json` brings its Content-Type, `body` does not. No token is added."""
+        with self.open(method, path, json, body, headers, timeout) as response:
+            return Response(response.status, response.headers, response.read())
+
+    @contextlib.contextmanager
+    def open(
+        self, method: str, path: str, json: Any = None, body: bytes | str | None = None,
+        headers: Mapping[str, str] | None = None, timeout: float = 60,
+    ) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
+        """Like `request`, but hand out the answer as soon as its headers are there, to read it as it comes."""
+        sent = dict(headers or {})
+        if json is not None:
+            body = jsonlib.dumps(json).encode()
+            sent = {"Content-Type": "application/json", **sent}
+        connection = self._connection(timeout)
+        try:
+            connection.request(method, path, body, sent)
+            with connection.getresponse() as response:
+                yield response
+        finally:
+            connection.close()
+
+    def connect(self, timeout: float = 30) -> socketlib.socket:
+        """A raw connection, for what an HTTP client would not send. The caller closes it."""
+        connection = self._connection(timeout)
+        connection.connect()
+        return connection.sock
+
+    def run(self, **fields: Any) -> dict[str, Any]:
+        """POST /run, in IMAGE unless told otherwise, and return the final state."""
+        response = self.request("POST", "/run", json={"image": IMAGE, **fields}, headers=self._authorization())
+        assert response.status == 200, response.text
+        state: dict[str, Any] = response.json()
+        return state
+
+    def detach(self, **fields: Any) -> str:
+        """POST /run, detached, and return the run's id."""
+        fields = {"image": IMAGE, "detached": True, **fields}
+        response = self.request("POST", "/run", json=fields, headers=self._authorization())
+        assert response.status == 202, response.text
+        return str(response.json()["id"])
+
+    def state(self, run: str) -> dict[str, Any]:
+        """The state of a run."""
+        response = self.request("GET", f"/runs/{run}", headers=self._authorization())
+        assert response.status == 200, response.text
+        state: dict[str, Any] = response.json()
+        return state
+
+    def wait(self, run: str, timeout: float = 30) -> dict[str, Any]:
+        """Poll a run until it is no longer running, and return its state."""
+        return self.wait_for(run, lambda state: state["status"] != "running", timeout)
+
+    def wait_for(self, run: str, reached: Callable[[dict[str, Any]], Any], timeout: float = 30) -> dict[str, Any]:
+        """Poll a run until `reached(state)`, and return that state."""
+        state: dict[str, Any] = {}
+
+        def look() -> bool:
+            state.update(self.state(run))
+            return bool(reached(state))
+
+        assert eventually(look, timeout), f"run {run} is still {state}\n{self.log()}"
+        return state
+
+    # What it leaves
+
+    def containers(self) -> list[dict[str, Any]]:
+        """This daemon's containers on the machine's engine, in any state, as the engine lists them."""
+        return [entry for entry in _labelled(self._client) if self._owns(entry["Labels"][LABEL_STATE])]
+
+    @classmethod
+    def all_containers(cls, client: docker.APIClient) -> list[dict[str, Any]]:
+        """The containers of every daemon of this session."""
+        return [entry for entry in _labelled(client) if entry["Labels"][LABEL_STATE] in cls.state_ids]
+
+    def close(self) -> None:
+        """Stop the daemon and remove everything of it; raise AssertionError for what should not have been there."""
+        try:
+            problems = [*self._leaked_containers(), *self._stop_problems(), *self._logged_tracebacks()]
+        finally:
+            self._remove()
+        assert not problems, "\n".join(problems)
+
+    def _remove(self) -> None:
+        if self.running:
+            self.kill()
+        for entry in self.containers():
+            with contextlib.suppress(docker.errors.NotFound):
+                self._client.remove_container(entry["Id"], v=True, force=True)
+        shutil.rmtree(self.folder)
+
+    def _leaked_containers(self) -> list[str]:
+        """A run that has ended has no container; its removal follows the answer, and gets some time."""
+        if not self.running:
+            return []
+        self.process.send_signal(signal.SIGCONT)
+        eventually(lambda: not self._idle_containers())
+        return [f"the container of run {run} leaked" for run in self._idle_containers()]
+
+    def _idle_containers(self) -> list[str]:
+        try:
+            response = self.request("GET", "/runs?status=running&limit=1000", headers=self._authorization())
+        except (OSError, http.client.HTTPException):
+            return []
+        running = {state["id"] for state in response.json()} if response.status == 200 else set()
+        return [run for entry in self.containers() if (run := entry["Labels"].get(LABEL_RUN)) not in running]
+
+    def _stop_problems(self) -> list[str]:
+        if not self.running:
+            return []
+        try:
+            code = self.stop()
+        except subprocess.TimeoutExpired:
+            return [f"SIGTERM did not end the daemon:\n{self.log()}"]
+        return [] if code == 0 else [f"SIGTERM ended the daemon with {code}:\n{self.log()}"]
+
+    def _logged_tracebacks(self) -> list[str]:
+        if self.may_log_tracebacks or self._process is None or "Traceback" not in self.log():
+            return []
+        return [f"the log holds a traceback:\n{self.log()}"]
+
+    def _owns(self, state_id: str) -> bool:
+        """Whether a container's label names this daemon's state dir: then the id stands in one of the files there."""
+        if state_id in self._own_ids:
+            return True
+        files = [path for path in self.state_dir.glob("*") if path.is_file()] if self.state_dir.is_dir() else []
+        if not any(state_id.encode() in path.read_bytes() for path in files):
+            return False
+        self._own_ids.add(state_id)
+        self.state_ids.add(state_id)
+        return True
+
+    def _authorization(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"} if self.token else {}
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        if self.socket:
+            return UnixConnection(str(self.socket), timeout)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+
+
+class DaemonFactory(Protocol):
+    """What the `daemon` fixture is."""
+
+    def __call__(
+        self, *options: str, socket: bool = False, env: Mapping[str, str] | None = None, state_dir: Path | None = None,
+        python: str | Path = sys.executable, start: bool = True,
+    ) -> Daemon: ...  # fmt: skip
+
+
+@pytest.fixture
+def daemon(pyz: Path, engine: docker.APIClient) -> Iterator[DaemonFactory]:
+    """A function that starts daemons; all end with the test."""
+    made: list[Daemon] = []
+
+    def make(
+        *options: str, socket: bool = False, env: Mapping[str, str] | None = None, state_dir: Path | None = None,
+        python: str | Path = sys.executable, start: bool = True,
+    ) -> Daemon:  # fmt: skip
+        made.append(Daemon(pyz, engine, options, socket=socket, env=env, state_dir=state_dir, python=python))
+        return made[-1].start() if start else made[-1]
+
+    with contextlib.ExitStack() as stack:
+        yield make
+        for each in made:
+            stack.callback(each.close)
+
+
+def _labelled(client: docker.APIClient) -> list[dict[str, Any]]:
+    return list(client.containers(all=True, filters={"label": LABEL_STATE}))
+
+
+# ---------------------------------------------------------------- A receiver of callbacks
+
+
+@dataclasses.dataclass(frozen=True)
+class Received:
+    """A request that the receiver got; `time` is time.monotonic() when its body was complete."""
+
+    method: str
+    path: str
+    headers: email.message.Message
+    body: bytes
+    time: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the receiver says to one request: after `delay` seconds, `status`, or no answer at all when that is 0."""
+
+    status: int = 200
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    delay: float = 0
+    body: bytes = b""
+
+
+class Receiver:
+    """An HTTP server on 127.0.0.1 that records what it gets. It answers with `answers` in turn, then with `default`."""
+
+    def __init__(self) -> None:
+        self.requests: list[Received] = []
+        self.answers: deque[Answer] = deque()
+        self.default = Answer()
+        self._closing = threading.Event()
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            """Every method is the same to it."""
+
+            def do_POST(self) -> None:
+                receiver._handle(self)
+
+            do_GET = do_PUT = do_DELETE = do_POST  # noqa: N815
+
+            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+                """Say nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.block_on_close = True
+        self._server.daemon_threads = False
+        self.port = self._server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/hook"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def answer(
+        self, status: int = 200, headers: Mapping[str, str] | None = None, delay: float = 0, body: bytes = b""
+    ) -> None:
+        """Queue an answer for one request."""
+        self.answers.append(Answer(status, headers or {}, delay, body))
+
+    def wait(self, count: int = 1, timeout: float = 15) -> list[Received]:
+        """Return the requests once there are `count`."""
+        assert eventually(lambda: len(self.requests) >= count, timeout), f"{len(self.requests)} requests, not {count}"
+        return list(self.requests)
+
+    def close(self) -> None:
+        """Stop listening; delayed answers are given at once. Connections are refused from now on."""
+        self._closing.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        answer = self.answers.popleft() if self.answers else self.default
+        self.requests.append(Received(handler.command, handler.path, handler.headers, body, time.monotonic()))
+        self._closing.wait(answer.delay)
+        if not answer.status:
+            return
+        with contextlib.suppress(OSError):  # The client did not wait.
+            handler.send_response(answer.status)
+            for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(answer.body)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """A receiver of callbacks."""
+    started = Receiver()
+    yield started
+    started.close()
