@@ -30,6 +30,7 @@ import docker
 import hypothesis
 import psutil
 import pytest
+
 from engine import DEFAULT_HOST, IMAGE, EngineApi, UnixConnection
 from images import Registry, user_id_image, user_name_image
 

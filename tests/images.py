@@ -14,6 +14,7 @@ from types import TracebackType
 from urllib.parse import quote, urlencode
 
 import bcrypt
+
 from engine import EngineApi, EngineError, find_busybox, root_filesystem
 
 USER_ID_IMAGE = "lightrun/busybox-uid:latest"
