@@ -76,6 +76,8 @@ class EngineApi:
 
     def __init__(self, host: str | None = None) -> None:
         self.host = host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+        if not self.host.startswith(("unix://", "tcp://", "http://", "https://")):
+            raise EngineError(f"DOCKER_HOST={self.host}: only unix:// and tcp:// are known here")
 
     def request(
         self,
@@ -133,14 +135,13 @@ class EngineApi:
         parts = urlsplit(self.host)
         if parts.scheme == "unix":
             return UnixConnection(parts.path, timeout)
-        if parts.scheme not in ("tcp", "http", "https") or not parts.hostname:
-            raise EngineError(f"DOCKER_HOST={self.host}: only unix:// and tcp:// are known here")
+        address = parts.hostname or "localhost"
         if not os.environ.get("DOCKER_TLS_VERIFY"):
-            return http.client.HTTPConnection(parts.hostname, parts.port or 2375, timeout=timeout)
+            return http.client.HTTPConnection(address, parts.port or 2375, timeout=timeout)
         certificates = Path(os.environ.get("DOCKER_CERT_PATH") or Path.home() / ".docker")
         context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
         context.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
-        return http.client.HTTPSConnection(parts.hostname, parts.port or 2376, timeout=timeout, context=context)
+        return http.client.HTTPSConnection(address, parts.port or 2376, timeout=timeout, context=context)
 
 
 def _raise_stream_error(answer: bytes) -> None:
@@ -224,7 +225,7 @@ def _start_engine(api: EngineApi) -> str:
     """Start the installed engine and wait until it answers; return how it was started."""
     if Path("/run/systemd/system").is_dir():
         _run(["systemctl", "start", "docker"], dict(os.environ))
-        _wait(api.alive, lambda: False, "systemctl start docker", "see journalctl -u docker")
+        _wait(api.alive, lambda: False, "systemctl start docker", lambda: "see journalctl -u docker")
         return "started by systemd"
     _remove_stale_pidfile()
     # A session of its own, no terminal, no pipe: it must not end with the shell or the test run that asked for it. It
@@ -233,7 +234,9 @@ def _start_engine(api: EngineApi) -> str:
         process = subprocess.Popen(
             ["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", start_new_session=True
         )
-    _wait(api.alive, lambda: process.poll() is not None, "dockerd", f"see {ENGINE_LOG}: {_last_line(ENGINE_LOG)}")
+    _wait(
+        api.alive, lambda: process.poll() is not None, "dockerd", lambda: f"see {ENGINE_LOG}: {_last_line(ENGINE_LOG)}"
+    )
     process.returncode = 0  # It goes on without us: no ResourceWarning about a child that still runs.
     return f"started, log {ENGINE_LOG}"
 
@@ -246,14 +249,14 @@ def _remove_stale_pidfile() -> None:
             ENGINE_PIDFILE.unlink()
 
 
-def _wait(ready: Callable[[], bool], ended: Callable[[], bool], what: str, hint: str) -> None:
+def _wait(ready: Callable[[], bool], ended: Callable[[], bool], what: str, hint: Callable[[], str]) -> None:
     """Wait until `ready`, at most START_SECONDS; give up at once when `ended`."""
     deadline = time.monotonic() + START_SECONDS
     while not ready():
         if ended() and not ready():
-            raise EngineError(f"{what} ended at once; {hint}")
+            raise EngineError(f"{what} ended at once; {hint()}")
         if time.monotonic() > deadline:
-            raise EngineError(f"{what} did not answer within {START_SECONDS:.0f} s; {hint}")
+            raise EngineError(f"{what} did not answer within {START_SECONDS:.0f} s; {hint()}")
         time.sleep(0.1)
 
 
@@ -429,7 +432,7 @@ class PrivateEngine:
                 stdout=log,
                 stderr=log,
             )
-        _wait(self.api.alive, lambda: process.poll() is not None, "the private dockerd", self.log()[-2000:])
+        _wait(self.api.alive, lambda: process.poll() is not None, "the private dockerd", lambda: self.log()[-2000:])
 
     def stop(self, timeout: float = 60) -> None:
         """SIGTERM, and wait for the end. Containers end with it, unless it was started with --live-restore."""
@@ -482,7 +485,12 @@ class PrivateEngine:
             stderr=subprocess.DEVNULL,
         )
         holder = self._holder
-        _wait(self._namespaces_ready, lambda: holder.poll() is not None, "unshare", "namespaces need root and iproute2")
+        _wait(
+            self._namespaces_ready,
+            lambda: holder.poll() is not None,
+            "unshare",
+            lambda: "namespaces need root and iproute2",
+        )
 
     def _namespaces_ready(self) -> bool:
         try:
