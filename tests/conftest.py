@@ -31,12 +31,13 @@ import hypothesis
 import psutil
 import pytest
 
+import lightrun
 from engine import DEFAULT_HOST, IMAGE, EngineApi, UnixConnection
 from images import Registry, user_id_image, user_name_image
 
 ROOT = Path(__file__).resolve().parent.parent
-LABEL_STATE = "lightrun.state"
-LABEL_RUN = "lightrun.run"
+LABEL_STATE: str = getattr(lightrun, "LABEL_STATE", "lightrun.state")
+LABEL_RUN: str = getattr(lightrun, "LABEL_RUN", "lightrun.run")
 NETWORK = "lightrun"
 START_SECONDS = 10.0
 STOP_SECONDS = 20.0

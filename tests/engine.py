@@ -36,6 +36,7 @@ IMAGE = "lightrun/busybox:latest"
 # Raise it when the content of the image changes: an engine that has an older one gets the new one.
 IMAGE_RECIPE = "1"
 RECIPE_LABEL = "lightrun-tests.recipe"
+DEFAULTS = ("ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 'CMD ["sh"]')
 
 ENGINE_PACKAGES = ("docker.io", "iptables", "ca-certificates", "busybox-static")
 ENGINE_LOG = Path("/var/log/lightrun-dockerd.log")
@@ -271,14 +272,13 @@ def _last_line(path: Path) -> str:
 def ensure_image(api: EngineApi) -> str:
     """Make sure that IMAGE is on the engine; return a line that says where it came from."""
     found = api.inspect_image(IMAGE)
-    if found and (found["Config"].get("Labels") or {}).get(RECIPE_LABEL) in (IMAGE_RECIPE, "pulled"):
+    if found and (found["Config"].get("Labels") or {}).get(RECIPE_LABEL) == IMAGE_RECIPE:
         return f"image {IMAGE} is there"
     try:
         binary, source = find_busybox()
     except EngineError as reason:
-        return _pull_image(api, reason)
-    changes = ["ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 'CMD ["sh"]']
-    api.import_image(root_filesystem(binary), IMAGE, [*changes, f"LABEL {RECIPE_LABEL}={IMAGE_RECIPE}"])
+        return f"image {IMAGE} is there, not of this recipe" if found else _pull_image(api, reason)
+    api.import_image(root_filesystem(binary), IMAGE, [*DEFAULTS, f"LABEL {RECIPE_LABEL}={IMAGE_RECIPE}"])
     return f"image {IMAGE} made of {source}"
 
 
@@ -427,7 +427,7 @@ class PrivateEngine:
         arguments += ["--pidfile", f"{self.folder}/pid", "--host", self.host, *self.options]
         with (self.folder / "log").open("ab") as log:
             self._dockerd = process = subprocess.Popen(
-                ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "dockerd", *arguments],
+                ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "--root", "dockerd", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

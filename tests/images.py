@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import shutil
 import socket
@@ -15,20 +16,23 @@ from urllib.parse import quote, urlencode
 
 import bcrypt
 
-from engine import EngineApi, EngineError, find_busybox, root_filesystem
+from engine import DEFAULTS, IMAGE_RECIPE, RECIPE_LABEL, EngineApi, EngineError, find_busybox, root_filesystem
 
 USER_ID_IMAGE = "lightrun/busybox-uid:latest"
 USER_NAME_IMAGE = "lightrun/busybox-user:latest"
 
 
 def make_image(api: EngineApi, name: str, *instructions: str) -> str:
-    """Make image `name` of busybox with Dockerfile `instructions` of the kinds that an import takes; return the name.
+    """Make image `name` of busybox with Dockerfile `instructions`, unless it is there; return the name.
 
-    CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME and WORKDIR are. PATH is set and the command is `sh`, unless they
-    say otherwise.
+    An import takes CMD, ENTRYPOINT, ENV, EXPOSE, LABEL, USER, VOLUME and WORKDIR. PATH is set and the command is `sh`,
+    unless they say otherwise.
     """
-    defaults = ["ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 'CMD ["sh"]']
-    api.import_image(root_filesystem(find_busybox()[0]), name, [*defaults, *instructions])
+    recipe = hashlib.sha256("\n".join([IMAGE_RECIPE, *instructions]).encode()).hexdigest()
+    found = api.inspect_image(name)
+    if not found or (found["Config"].get("Labels") or {}).get(RECIPE_LABEL) != recipe:
+        changes = [*DEFAULTS, *instructions, f"LABEL {RECIPE_LABEL}={recipe}"]
+        api.import_image(root_filesystem(find_busybox()[0]), name, changes)
     return name
 
 
