@@ -34,23 +34,13 @@ PACKAGES = {
 def ensure_venv() -> None:
     """Make `.venv` for this Python and this lock, anew when either changed; the stamp is written last."""
     stamp = VENV / "lightrun-lock"
-    wanted = hashlib.sha256(LOCK.read_bytes() + sys.version.encode() + sys.executable.encode()).hexdigest()
+    wanted = hashlib.sha256(LOCK.read_bytes() + f"{sys.version} {sys.base_prefix}".encode()).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
     shutil.rmtree(VENV, ignore_errors=True)
     _create_venv()
-    command: list[str | Path] = [
-        PYTHON,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "--require-hashes",
-        "-r",
-        LOCK,
-    ]
-    if subprocess.run(command).returncode != 0:
+    pip = [str(PYTHON), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "--require-hashes", "-r", str(LOCK)]).returncode != 0:
         raise EngineError("pip could not install tests/requirements.txt; its message is above")
     stamp.write_text(wanted)
 
