@@ -1,0 +1,2838 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: AGPL-3.0-or-later
+"""lightrun: run a container over HTTP.
+
+The life of a run, from `POST /run` to its last trace:
+
+    accept    the body is checked against one table (Requests), a place is taken (Runner.submit), the run is on disk (Store)
+    queue     until one of `--max-concurrent` workers is free
+    pull      when the image is missing; concurrent runs share one pull
+    create    one container with every hardening, labelled with the state dir and the run
+    put       the files, as one plain tar built here (Artifacts), before anything in the container has run
+    attach    one stream that carries stdout and stderr, opened before the start so that no byte is missed
+    start     recorded first; then the command runs, and stdin is fed from a thread of its own
+    read      to the end of the stream and of the container; a deadline, a cancel or a stop only sends a signal in between
+    extract   the paths the client asked for come back as a tar of which only checked files and folders are kept
+    record    the final state, in one transaction
+    answer    whoever waits for the run gets that state
+    remove    the container and its anonymous volumes; then old runs are evicted and the callback is sent
+
+That line is `Runner._execute`, one worker thread for each run; after a crash a run re-enters it where it stopped.
+
+Threads: the server's loop; its handlers (waitress), of which a fixed number may wait; one worker for each run that holds
+a place, plus one while stdin is fed and one for each image being pulled; the housekeeper, which watches an absent engine
+and sweeps what could not be removed; deliveries of callbacks. Each lock stands where it is made, beside the names of
+what it guards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import resource
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import struct
+import sys
+import tarfile
+import threading
+import time
+import traceback
+import urllib.parse
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+__version__ = "0.1.0"
+log = logging.getLogger("lightrun")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Limits: every bound that is not an option
+# --------------------------------------------------------------------------------------------------------------------
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+MAX_PROBLEMS = 100  # validation problems told at once; more say nothing new
+MAX_JSON_DEPTH = 100  # levels of nesting in a body; far below Python's recursion limit
+MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
+MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
+MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
+MAX_QUERY_BYTES = 4 * KIB  # of a URL's query
+
+MAX_ARTIFACT_ENTRIES = 50_000  # files and folders one run may keep: each costs an inode and a line of state
+MAX_ARTIFACT_DEPTH = 64  # folders inside each other; what lies deeper is skipped
+MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute ones stay under PATH_MAX
+COPY_BYTES = MIB  # one piece of a file on its way to or from the disk
+
+READ_BYTES = 256 * KIB  # one read of the attach stream
+ENGINE_SECONDS = 60  # one engine call; an engine that is slower counts as absent
+HEALTH_SECONDS = 2  # the same for /health
+STDIN_STALL_SECONDS = 3600  # a program may leave its stdin unread for its whole life
+WAIT_SLICE_SECONDS = 1  # how long a waiting engine call may hide a cancel
+RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
+DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
+DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
+
+CALLBACK_SECONDS = 10  # one attempt, as SPEC 8 has it
+
+CONTROL_THREADS = 16  # handlers beside the waiting ones, so that control routes always find one
+MAX_CONNECTIONS = 4096
+MAX_HEADER_BYTES = 64 * KIB
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class LightrunError(Exception):
+    """Base of all: what a client is told, as an HTTP status, a code and a sentence."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self, message: str = "", code: str | None = None, **more: Any) -> None:
+        super().__init__(message)
+        self.code = code or self.code
+        self.more = more
+        self.headers: dict[str, str] = {}
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body of the answer."""
+        message = {"message": str(self)} if str(self) else {}
+        return {"error": self.code, **message, **self.more}
+
+
+class BadRequest(LightrunError):
+    """The request is not one that lightrun understands."""
+
+    status, code = 400, "bad_request"
+
+
+class NotAllowed(LightrunError):
+    """An operator's allow-list refuses it."""
+
+    status, code = 403, "not_allowed"
+
+
+class NotFound(LightrunError):
+    """There is no such run, artifact or route."""
+
+    status, code = 404, "not_found"
+
+
+class Conflict(LightrunError):
+    """The run is not in a state for this; the code says which."""
+
+    status, code = 409, "conflict"
+
+
+class UnsupportedMediaType(LightrunError):
+    """A body that does not call itself JSON."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class Unavailable(LightrunError):
+    """Not now: the code says why, Retry-After when to come again."""
+
+    status = 503
+
+    def __init__(self, code: str, message: str, retry_after: int = 1) -> None:
+        super().__init__(message, code)
+        self.headers["Retry-After"] = str(retry_after)
+
+
+class UsageError(LightrunError):
+    """A bad option: one line on standard error and exit code 2."""
+
+
+class StartError(LightrunError):
+    """Another reason not to start: one line on standard error and exit code 1."""
+
+
+class EngineError(LightrunError):
+    """The engine refused a call."""
+
+    status, code = 502, "engine_error"
+
+
+class EngineMissing(EngineError):
+    """The engine says that there is no such container, image, network or path."""
+
+
+class EngineConflict(EngineError):
+    """The engine says that the container is not in a state for this."""
+
+
+class EngineAbsent(EngineError):
+    """The engine did not answer, or not in time."""
+
+
+class RunEnds(Exception):
+    """Raised inside a run to end it before its container could: a reason of SPEC 2 and a sentence."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Settings: one table gives option, variable, cast, default and help
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512m`, `10MiB` or plain `1048576`. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,18})\s*([kmgt]?)(?:i?b)?", text.strip(), re.ASCII | re.IGNORECASE)
+    if not match:
+        raise ValueError("must be a size such as 512m or 1073741824")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}[match[2].lower()]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `500ms`, `10s`, `5m` or `1h`. Raises ValueError."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h)", text.strip(), re.ASCII)
+    if not match or not float(match[1]):
+        raise ValueError("must be a duration such as 10s or 5m")
+    return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def cast(text: str) -> int:
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
+            raise ValueError(f"must be a whole number from {low} to {high}")
+        return int(text)
+
+    return cast
+
+
+def _bytes(low: int) -> Callable[[str], int]:
+    def cast(text: str) -> int:
+        if (size := parse_size(text)) < low:
+            raise ValueError(f"must be at least {low} bytes")
+        return size
+
+    return cast
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def cast(text: str) -> str:
+        if text not in words:
+            raise ValueError("must be one of " + ", ".join(words))
+        return text
+
+    return cast
+
+
+def _text(text: str) -> str:
+    if not text or "\0" in text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_text(text)).expanduser().absolute()
+
+
+def _mode(text: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError("must be an octal mode such as 0600")
+    return int(text, 8)
+
+
+def _cpus(text: str) -> float:
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text, re.ASCII) or float(text) < 0.01:
+        raise ValueError("must be a number of CPUs such as 0.5 or 2, at least 0.01")
+    return float(text)
+
+
+def _docker_host(text: str) -> str:
+    if not text.startswith(("unix://", "tcp://", "http://", "https://")):
+        raise ValueError("must be unix://… or tcp://…")
+    return text
+
+
+def option(cast: Callable[[str], Any], default: Any, text: str, shown: str = "") -> Any:
+    """A row of the table: how to read it, what it is when absent, what `--help` says (`shown`: the default in words).
+    A tuple as default makes it repeatable."""
+    return dataclasses.field(default=default, metadata={"cast": cast, "help": text, "shown": shown})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Every option of `lightrun serve`. Sizes in bytes, durations in seconds."""
+
+    host: str = option(_text, "127.0.0.1", "address to listen on")
+    port: int = option(_integer(0, 65535), 3000, "port to listen on; 0 takes a free one")
+    socket: Path | None = option(_path, None, "listen on this Unix socket instead of TCP")
+    socket_mode: int = option(_mode, 0o600, "mode of the Unix socket", "0600")
+    token: str | None = option(_text, None, "bearer token that every route but /health then needs", "open to everybody")
+    token_file: Path | None = option(_path, None, "file with bearer tokens, one a line, read at start")
+    body_limit: int = option(_bytes(KIB), 10 * MIB, "largest request body", "10 MiB")
+    state_dir: Path = option(_path, Path("~/.light-run"), "database and lock", "~/.light-run")
+    artifacts_dir: Path | None = option(_path, None, "where artifacts are kept", "<state-dir>/artifacts")
+    max_artifacts_bytes: int = option(_bytes(0), 20 * GIB, "bytes of artifacts, logs and records kept", "20 GiB")
+    keep: int = option(_integer(1, 10**9), 100_000, "finished runs kept")
+    extract_limit: int = option(_bytes(0), GIB, "bytes of artifacts that one run may keep", "1 GiB")
+    log_limit: int = option(_bytes(KIB), MIB, "log bytes kept of one run, the newest", "1 MiB")
+    max_concurrent: int = option(
+        _integer(1, 10_000), max(16, 4 * (os.cpu_count() or 1)), "containers at a time", "max(16, 4 x CPUs)"
+    )
+    queue: int = option(_integer(0, 100_000), 256, "accepted runs that may wait for a place")
+    max_waiting: int = option(_integer(1, 2_000), 320, "requests that may wait or stream at a time")
+    memory: int = option(_bytes(MIN_MEMORY_BYTES), 512 * MIB, "memory of every run", "512m")
+    cpus: float = option(_cpus, 1.0, "CPUs of every run", "1")
+    pids: int = option(_integer(1, 4_194_304), 100, "processes and threads of every run")
+    runtime: str | None = option(_text, None, "OCI runtime, such as runc, crun or runsc", "the engine's default")
+    pull: str = option(_one_of("missing", "always", "never"), "missing", "when to pull: missing, always or never")
+    pull_timeout: float = option(parse_duration, 600.0, "time limit of a pull", "10m")
+    allow_image: tuple[str, ...] = option(_text, (), "image pattern, as in docker.io/library/*; repeatable", "any")
+    allow_network: tuple[str, ...] = option(_text, (), "network pattern; repeatable", "none")
+    callback_allow: tuple[str, ...] = option(_text, (), "callback host pattern; repeatable", "any but link-local")
+    docker_host: str | None = option(_docker_host, None, "engine, unix://… or tcp://…", "DOCKER_HOST or local")
+    log_format: str = option(_one_of("text", "json"), "text", "text, or json: one object a line")
+
+    def artifacts_root(self) -> Path:
+        """The folder of all artifacts."""
+        return self.artifacts_dir or self.state_dir / "artifacts"
+
+    def tokens(self) -> list[str]:
+        """The bearer tokens, [] for an open server. Raises UsageError for a file that cannot be read or is empty."""
+        tokens = [self.token] if self.token else []
+        if self.token_file:
+            try:
+                lines = self.token_file.read_text("utf-8").splitlines()
+            except (OSError, UnicodeError) as error:
+                raise UsageError(f"--token-file: cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from error
+            tokens += [line.strip() for line in lines if line.strip()]
+            if not tokens or not any(line.strip() for line in lines):
+                raise UsageError("--token-file: holds no token")
+        return tokens
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Requests: one table of fields validates, builds the RunRequest and is the JSON Schema
+# --------------------------------------------------------------------------------------------------------------------
+
+_SEGMENTS = r"^(?![\s\S]*(?:^|/)\.{0,2}(?:/|$))[^\\\u0000]+$"  # relative, without empty, `.` and `..` segments
+_NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
+_ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_BASE64 = r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+_SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
+_HOST = r"(?:(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]))*"
+_HOST += r"|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
+_NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+# The grammar of github.com/distribution/reference, or the id of an image.
+_REFERENCE = rf"^(?:sha256:[a-f0-9]{{64}}|(?:{_HOST}/)?{_NAME}(?:/{_NAME})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[a-f0-9]{{64}})?)$"
+
+
+def request_schema(settings: Settings) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the body of `POST /run` under the operator's limits. `says` is the error for a `pattern`
+    or a `format`, where the keyword alone would not tell a person what to do."""
+    command = {"type": "string", "minLength": 1, "maxLength": 2048}
+    fields: dict[str, dict[str, Any]] = {
+        "image": {
+            "type": "string", "minLength": 1, "maxLength": 300, "pattern": _REFERENCE,
+            "says": "must be an image reference such as alpine:3.19", "description": "Image to run.",
+        },
+        "files": {
+            "type": "object", "minProperties": 1, "maxProperties": 10_000,
+            "propertyNames": {
+                "minLength": 1, "maxLength": 1024, "pattern": _SEGMENTS, "format": "file-path",
+                "says": "must be a relative path without empty, . or .. segments and backslashes, each of 255 bytes at most",
+            },
+            "additionalProperties": {"anyOf": [
+                {"type": "string"},
+                {"type": "object", "required": ["base64"], "additionalProperties": False, "properties": {
+                    "base64": {"type": "string", "pattern": _BASE64, "says": "must be base64 with padding"}}},
+            ]},
+            "description": "Files put into the workdir before the start: path to text, or to {\"base64\": …}.",
+        },
+        "setup": {
+            "type": "array", "minItems": 1, "maxItems": 50, "items": command,
+            "description": "Shell commands run in the entrypoint's shell before it; the first that fails ends the run.",
+        },
+        "entrypoint": {
+            "anyOf": [command, {"type": "array", "minItems": 1, "maxItems": 64,
+                                "items": {"type": "string", "maxBytes": 100_000}}],
+            "description": "A string runs as sh -c, an array without a shell. Absent: the image's own command.",
+        },
+        "input": {"description": "Any JSON value; its text is the container's stdin."},
+        "stdin": {"type": "string", "description": "Raw text for the container's stdin."},
+        "env": {
+            "type": "object", "maxProperties": 1000,
+            "propertyNames": {"pattern": _ENV_NAME, "says": "must be letters, digits and _, not beginning with a digit"},
+            "additionalProperties": {"type": "string"}, "description": "Environment variables.",
+        },
+        "workdir": {
+            "type": "string", "minLength": 1, "maxLength": 200, "pattern": r"^/", "format": "workdir", "default": "/app",
+            "says": "must be an absolute path other than /, not below /proc, /sys or /dev, without ..",
+            "description": "Working directory, made when missing.",
+        },
+        "network": {
+            "type": "string", "minLength": 1, "maxLength": 100, "pattern": r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$", "format": "network",
+            "says": "must be none or the name of a network; host, container:… and ns:… are always refused",
+            "description": "Absent: the isolated bridge. none: no network. Else a network that --allow-network names.",
+        },
+        "timeout": {
+            "type": "integer", "minimum": 1, "maximum": 3_600_000, "default": 1_200_000,
+            "description": "Wall time of the container in ms, from its start.",
+        },
+        "memory": {
+            "anyOf": [
+                {"type": "integer", "minimum": MIN_MEMORY_BYTES, "maximum": settings.memory},
+                {"type": "string", "pattern": _SIZE, "format": "memory",
+                 "says": f"must be a size such as 256m, from {MIN_MEMORY_BYTES} to {settings.memory} bytes"},
+            ],
+            "description": "Memory, as bytes or 256m; at most the operator's limit.",
+        },
+        "cpus": {"type": "number", "minimum": 0.01, "maximum": settings.cpus, "description": "CPUs."},
+        "pids": {"type": "integer", "minimum": 1, "maximum": settings.pids, "description": "Processes and threads."},
+        "extract": {
+            "type": "array", "minItems": 1, "maxItems": 20,
+            "items": {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
+                      "says": "must be a path without .. segments"},
+            "description": "Container paths to keep after the exit, absolute or relative to the workdir.",
+        },
+        "extractOn": {
+            "enum": ["success", "exit"], "type": "string", "default": "success",
+            "description": "success: keep after exit code 0. exit: also after a failure, a timeout, a stop, out of memory.",
+        },
+        "detached": {"type": "boolean", "default": False, "description": "Answer 202 and run in the background."},
+        "callbackUrl": {
+            "type": "string", "maxLength": 2048, "pattern": r"^[hH][tT][tT][pP][sS]?://[!-~]+$", "format": "callback-url",
+            "says": "must be an http or https URL of printable ASCII without credentials",
+            "description": "Gets the final state. Needs detached.",
+        },
+        "callbackSecret": {
+            "type": "string", "minLength": 16, "maxLength": 200, "format": "callback-secret",
+            "says": "must be base64 after whsec_", "description": "Signs the callback. Needs callbackUrl.",
+        },
+    }  # fmt: skip
+    return {"type": "object", "required": ["image"], "additionalProperties": False, "properties": fields}
+
+
+def _good_workdir(path: str) -> bool:
+    clean = clean_path(path)
+    return ".." not in path.split("/") and clean != "/" and clean.split("/")[1] not in {"proc", "sys", "dev"}
+
+
+def _good_url(text: str) -> bool:
+    try:
+        url = urllib.parse.urlsplit(text)
+        return bool(url.hostname) and url.username is None and url.password is None and url.port != 0
+    except ValueError:  # a port out of range, a bracket without its pair
+        return False
+
+
+def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
+    """What `pattern` cannot say, by the name that the schema gives it."""
+    return {
+        "file-path": lambda path: all(len(segment.encode(errors="replace")) <= 255 for segment in path.split("/")),
+        "workdir": _good_workdir,
+        "network": lambda name: name not in {"host", "default"},
+        "memory": lambda text: MIN_MEMORY_BYTES <= parse_size(text) <= settings.memory,
+        "callback-url": _good_url,
+        "callback-secret": lambda text: not text.startswith("whsec_") or bool(_regex(_BASE64).search(text[6:])),
+    }
+
+
+@functools.lru_cache(maxsize=64)
+def _regex(pattern: str) -> re.Pattern[str]:
+    """A JSON Schema pattern for Python, whose `$` would also match before a last newline and `\\w` beyond ASCII."""
+    return re.compile(pattern.replace("$", r"\Z"), re.ASCII)
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "array": (list,), "object": (dict,), "boolean": (bool,), "integer": (int,), "number": (int, float),
+}  # fmt: skip
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(value, _TYPES[kind]) or (kind == "integer" and isinstance(value, float) and value.is_integer())
+
+
+class Schema:
+    """Validation by the part of JSON Schema that lightrun's table uses. Pure."""
+
+    def __init__(self, schema: dict[str, Any], formats: Mapping[str, Callable[[str], bool]] | None = None) -> None:
+        self.schema = schema
+        self._formats = {"": lambda _: True, **(formats or {})}
+
+    def problems(self, value: Any) -> Iterator[dict[str, Any]]:
+        """Everything that is wrong with a value, as `{"path": […], "message": "…"}`."""
+        return ({"path": path, "message": message} for path, message in self._check(value, self.schema, []))
+
+    def _check(self, value: Any, schema: dict[str, Any], path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+        if "anyOf" in schema:
+            fitting = [choice for choice in schema["anyOf"] if _is(value, choice["type"])]
+            if fitting:
+                yield from self._check(value, fitting[0], path)
+            else:
+                yield path, "must be of type " + " or ".join(choice["type"] for choice in schema["anyOf"])
+        elif "type" in schema and not _is(value, schema["type"]):
+            yield path, f"must be of type {schema['type']}"
+        elif isinstance(value, str):
+            yield from ((path, message) for message in self._text(value, schema))
+        elif isinstance(value, dict) and "type" in schema:
+            yield from self._members(value, schema, path)
+        elif isinstance(value, list) and "type" in schema:
+            yield from _count(len(value), schema, "Items", "entries", path)
+            for index, item in enumerate(value):
+                yield from self._check(item, schema.get("items", {}), [*path, index])
+        elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+            yield path, f"must be from {schema['minimum']} to {schema['maximum']}"
+
+    def _text(self, value: str, schema: dict[str, Any]) -> Iterator[str]:
+        bounds = schema.get("minLength", 0), schema.get("maxLength", math.inf)
+        if not bounds[0] <= len(value) <= bounds[1]:
+            yield f"must have {bounds[0]} to {bounds[1]} characters"
+        elif len(value.encode(errors="replace")) > schema.get("maxBytes", math.inf):
+            yield f"must have at most {schema['maxBytes']} bytes"
+        elif "enum" in schema and value not in schema["enum"]:
+            yield "must be one of " + ", ".join(schema["enum"])
+        elif not (_regex(schema.get("pattern", "")).search(value) and self._formats[schema.get("format", "")](value)):
+            yield schema["says"]
+
+    def _members(self, value: dict[str, Any], schema: dict[str, Any], path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+        yield from _count(len(value), schema, "Properties", "entries", path)
+        yield from (([*path, name], "is required") for name in schema.get("required", ()) if name not in value)
+        known, others = schema.get("properties", {}), schema["additionalProperties"]
+        for name, member in value.items():
+            if name not in known and others is False:
+                yield [*path, name], "is not a field"
+                continue
+            if name not in known:
+                yield from (([*path, name], message) for message in self._text(name, schema.get("propertyNames", {})))
+            yield from self._check(member, known.get(name, others), [*path, name])
+
+
+def _count(count: int, schema: dict[str, Any], what: str, unit: str, path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+    low, high = schema.get(f"min{what}", 0), schema.get(f"max{what}", math.inf)
+    if not low <= count <= high:
+        yield path, f"must have {low} to {high} {unit}"
+
+
+def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
+    """The rules between fields. They look at the values of fields that are right by themselves, and at all for presence."""
+
+    def problem(message: str, *path: str) -> dict[str, Any]:
+        return {"path": list(path), "message": message}
+
+    sound = {name: value for name, value in body.items() if name not in bad}
+    entrypoint, setup, files = sound.get("entrypoint"), sound.get("setup", []), sound.get("files", {})
+    if "setup" in body and not isinstance(body.get("entrypoint"), str):
+        yield problem("needs an entrypoint that is a string", "setup")
+    elif isinstance(entrypoint, str) and len(shell_script(setup, entrypoint).encode()) > MAX_ARGUMENT_BYTES:
+        yield problem(f"is, with entrypoint and shell quoting, over {MAX_ARGUMENT_BYTES} bytes", "setup")
+    if isinstance(entrypoint, list) and not entrypoint[0]:
+        yield problem("must name a program", "entrypoint", "0")
+    for name, value in sound.get("env", {}).items():
+        if len(name) + len(value.encode()) + 1 > MAX_ARGUMENT_BYTES:
+            yield problem(f"must have, with its name, at most {MAX_ARGUMENT_BYTES} bytes", "env", name)
+    if "input" in body and "stdin" in body:
+        yield problem("cannot go together with input", "stdin")
+    if "callbackUrl" in body and body.get("detached") is not True:
+        yield problem("needs detached", "callbackUrl")
+    if "callbackSecret" in body and "callbackUrl" not in body:
+        yield problem("needs callbackUrl", "callbackSecret")
+    folders = {folder for path in files for folder in parent_folders(path)}
+    yield from (problem("is both a file and a folder", "files", path) for path in files if path in folders)
+
+
+def parse_json(raw: bytes) -> Any:
+    """A JSON text, strictly (RFC 8259): UTF-8, no duplicate keys, no NaN, bounded numbers. Raises ValueError."""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(result := dict(pairs)) < len(pairs):
+            raise ValueError("the same key stands twice in one object")
+        return result
+
+    def integer(text: str) -> int:
+        if len(text) > MAX_JSON_DIGITS:
+            raise ValueError("a number has too many digits")
+        return int(text)
+
+    def fraction(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError("a number is out of range")
+        return number
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(
+            raw.decode(), object_pairs_hook=members, parse_int=integer, parse_float=fraction, parse_constant=constant
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+
+
+_BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
+
+
+def _bad_strings(value: Any, path: list[Any]) -> Iterator[dict[str, Any]]:
+    """NULs and lone surrogates, which neither a file system nor a process takes, anywhere in a body; and its depth."""
+    if len(path) > MAX_JSON_DEPTH:
+        yield {"path": path[:3], "message": "is nested too deeply"}
+    elif isinstance(value, str) and _BAD_CHARACTERS.search(value):
+        yield {"path": path, "message": "must not hold NUL characters or lone surrogates"}
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _bad_strings(item, [*path, index])
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if _BAD_CHARACTERS.search(name):
+                yield {"path": path, "message": "must not have names with NUL characters or lone surrogates"}
+            else:
+                yield from _bad_strings(item, [*path, name])
+
+
+def clean_path(path: str) -> str:
+    """An absolute path without doubled, last or `.` slashes."""
+    return "/" + posixpath.normpath(path).lstrip("/")
+
+
+def parent_folders(path: str) -> Iterator[str]:
+    """`a/b/c` → `a`, `a/b`."""
+    parts = path.split("/")
+    return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+
+
+def shell_script(setup: Iterable[str], entrypoint: str) -> str:
+    """The setup commands and the entrypoint as one script for `sh -c`. `eval` keeps them in one shell and a syntax error
+    in its own command; `case` looks at the exit code without a variable or a parameter that they could see."""
+    return "".join(f"eval {shlex.quote(command)}\ncase $? in 0) ;; *) exit $? ;; esac\n" for command in setup) + entrypoint
+
+
+def normalise_image(reference: str) -> str:
+    """A reference with registry, repository and tag or digest written out: `alpine` → `docker.io/library/alpine:latest`.
+    The same text goes to the allow-list and to the engine, so that no short form (an id's prefix, say) means two things.
+    Rules: github.com/distribution/reference, ParseNormalizedNamed."""
+    if reference.startswith("sha256:"):
+        return reference
+    domain, slash, rest = reference.partition("/")
+    if not slash or not (set(".:") & set(domain) or domain == "localhost" or domain != domain.lower()):
+        domain, rest = "docker.io", reference
+    domain = "docker.io" if domain == "index.docker.io" else domain
+    if domain == "docker.io" and "/" not in rest:
+        rest = "library/" + rest
+    tagged = "@" in rest or ":" in rest
+    return f"{domain}/{rest}" if tagged else f"{domain}/{rest}:latest"
+
+
+def matches_any(text: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the operator's shell patterns fits."""
+    return any(fnmatch.fnmatchcase(text, pattern) for pattern in patterns)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRequest:
+    """A checked request. `command` is the container's Entrypoint, None for the image's own; `stdin` None for none."""
+
+    image: str  # as the client wrote it
+    reference: str  # written out
+    files: dict[str, bytes]
+    command: list[str] | None
+    stdin: bytes | None
+    env: dict[str, str]
+    workdir: str
+    network: str | None
+    timeout: float  # seconds
+    memory: int
+    cpus: float
+    pids: int
+    extract: list[str]
+    extract_on_exit: bool
+    detached: bool
+    callback_url: str | None
+    callback_secret: str | None
+
+    @classmethod
+    def parse(cls, raw: bytes, settings: Settings) -> RunRequest:
+        """Check the body of `POST /run`. Raises BadRequest with every problem, NotAllowed for what a list refuses."""
+        body = _checked(raw, Schema(request_schema(settings), _formats(settings)))
+        entrypoint, memory = body.get("entrypoint"), body.get("memory", settings.memory)
+        if isinstance(entrypoint, str):
+            entrypoint = ["sh", "-c", shell_script(body.get("setup", []), entrypoint)]
+        stdin = json.dumps(body["input"], ensure_ascii=False) if "input" in body else body.get("stdin")
+        request = cls(
+            image=body["image"],
+            reference=normalise_image(body["image"]),
+            files={path: _content(value) for path, value in body.get("files", {}).items()},
+            command=entrypoint,
+            stdin=None if stdin is None else stdin.encode(),
+            env=body.get("env", {}),
+            workdir=clean_path(body.get("workdir", "/app")),
+            network=body.get("network"),
+            timeout=body.get("timeout", 1_200_000) / 1000,
+            memory=parse_size(memory) if isinstance(memory, str) else int(memory),
+            cpus=body.get("cpus", settings.cpus),
+            pids=int(body.get("pids", settings.pids)),
+            extract=body.get("extract", []),
+            extract_on_exit=body.get("extractOn") == "exit",
+            detached=body.get("detached", False),
+            callback_url=body.get("callbackUrl"),
+            callback_secret=body.get("callbackSecret"),
+        )
+        request.allowed_by(settings)
+        return request
+
+    def allowed_by(self, settings: Settings) -> None:
+        """Raises NotAllowed when one of the operator's lists refuses this request."""
+        if settings.allow_image and not matches_any(self.reference, settings.allow_image):
+            raise NotAllowed(f"image {self.reference} is not one that --allow-image names")
+        if self.network not in {None, "none"} and not matches_any(str(self.network), settings.allow_network):
+            raise NotAllowed(f"network {self.network} is not one that --allow-network names")
+        if self.callback_url:
+            host = urllib.parse.urlsplit(self.callback_url).hostname or ""
+            if not callback_host_allowed(host, settings.callback_allow):
+                raise NotAllowed(f"callback host {host} is not one that --callback-allow names")
+
+
+def _checked(raw: bytes, schema: Schema) -> dict[str, Any]:
+    try:
+        body = parse_json(raw)
+    except ValueError as error:
+        raise BadRequest(details=[{"path": [], "message": f"the body is not JSON: {error}"}]) from error
+    problems = [*_bad_strings(body, []), *schema.problems(body)]
+    if isinstance(body, dict):
+        problems += _together(body, {problem["path"][0] for problem in problems if problem["path"]})
+    if problems:
+        raise BadRequest(details=problems[:MAX_PROBLEMS])
+    return body  # type: ignore[no-any-return]  # the schema says it is an object
+
+
+def _content(value: str | dict[str, str]) -> bytes:
+    return value.encode() if isinstance(value, str) else base64.b64decode(value["base64"])
+
+
+def callback_host_allowed(host: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a callback may go to this host: named by a pattern or, without patterns, not link-local."""
+    return matches_any(host.lower(), patterns) if patterns else not is_link_local(host)
+
+
+def is_link_local(host: str) -> bool:
+    """Whether a host is a literal address where clouds serve their metadata (169.254.0.0/16, fe80::/10)."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return bool(mapped.is_link_local)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Run: the record of a run
+# --------------------------------------------------------------------------------------------------------------------
+
+PHASES = {"queued": "queue", "pulling": "pull", "starting": "start", "running": "run", "extracting": "extract"}
+
+
+def timestamp(seconds: float) -> str:
+    """Unix seconds as `2026-01-31T10:00:00.184Z`."""
+    moment = datetime.datetime.fromtimestamp(math.floor(seconds * 1000 + 0.5) / 1000, datetime.timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_timestamp(text: str) -> float:
+    """Unix seconds of an engine's or lightrun's own time, of which Go prints up to nine decimals."""
+    match = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?Z", text)
+    if not match:
+        raise ValueError(f"not a time: {text!r}")
+    whole = datetime.datetime.fromisoformat(match[1]).replace(tzinfo=datetime.timezone.utc)
+    return whole.timestamp() + float(match[2] or 0)
+
+
+@dataclasses.dataclass
+class Run:
+    """What is known of a run (SPEC 2). Times in Unix seconds, timings in ms. Written by the run's worker only."""
+
+    id: str
+    image: str
+    created: float
+    waited: bool  # a client waits for it and nobody else could receive the result
+    phase: str = "queued"
+    reason: str | None = None
+    image_id: str | None = None
+    started: float | None = None
+    finished: float | None = None
+    exit_code: int | None = None
+    oom_killed: bool = False
+    error: str | None = None
+    timings: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PHASES.values(), 0))
+    logs_truncated: bool = False
+    artifacts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    extracted: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    callback: dict[str, Any] | None = None
+
+    @property
+    def status(self) -> str:
+        """`running`, `succeeded`, `failed` or `cancelled`: it follows from the reason."""
+        if self.reason is None:
+            return "running"
+        if self.reason in {"exited", "stopped"}:
+            return "succeeded" if self.exit_code == 0 else "failed"
+        return "cancelled" if self.reason == "cancelled" or (self.reason == "interrupted" and self.waited) else "failed"
+
+    def head(self) -> dict[str, Any]:
+        """The state without logs, artifacts and extracted, as `/runs` lists it."""
+        final = self.finished is not None
+        state = {
+            "id": self.id,
+            "status": self.status,
+            "phase": None if final else self.phase,
+            "reason": self.reason,
+            "image": self.image,
+            "imageId": self.image_id,
+            "createdAt": timestamp(self.created),
+            "startedAt": None if self.started is None else timestamp(self.started),
+            "finishedAt": None if self.finished is None else timestamp(self.finished),
+            "exitCode": self.exit_code,
+            "oomKilled": self.oom_killed or None,
+            "error": self.error,
+            "durationMs": None if self.finished is None else max(0, round((self.finished - self.created) * 1000)),
+            "timings": self.timings if final else None,
+            "logsTruncated": self.logs_truncated,
+            "callback": self.callback,
+        }
+        return {name: value for name, value in state.items() if value is not None}
+
+    def tail(self) -> dict[str, Any]:
+        """The two parts of the state that can be long, kept apart from the head."""
+        parts = {"artifacts": self.artifacts, "extracted": self.extracted}
+        return {name: part for name, part in parts.items() if part}
+
+
+def whole_state(head: dict[str, Any], tail: dict[str, Any], lines: list[str]) -> dict[str, Any]:
+    """The state as `GET /runs/<id>` and a callback show it."""
+    state = {**head, "logs": lines}
+    state["logsTruncated"] = state.pop("logsTruncated")
+    callback = state.pop("callback", None)
+    return {**state, **tail, **({"callback": callback} if callback else {})}
+
+
+def to_json(value: Any) -> bytes:
+    """The one way in which lightrun writes JSON: UTF-8, no spaces to spare."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Store: runs in SQLite; the only section that writes SQL
+# --------------------------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE runs (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of acceptance
+    id TEXT NOT NULL UNIQUE,
+    status TEXT NOT NULL,
+    size INTEGER NOT NULL DEFAULT 0,        -- bytes of artifacts, logs and record, counted when the run ended
+    owed INTEGER NOT NULL DEFAULT 0,        -- a callback is still to be delivered
+    begun INTEGER NOT NULL DEFAULT 0,       -- its container may have been started
+    head TEXT NOT NULL                      -- JSON of Run.head()
+);
+CREATE INDEX runs_by_status ON runs (status, seq);
+CREATE TABLE details (                      -- apart, so that lists never read past it
+    id TEXT PRIMARY KEY REFERENCES runs (id) ON DELETE CASCADE,
+    tail TEXT NOT NULL,                     -- JSON of Run.tail()
+    frames BLOB NOT NULL                    -- the kept log, as Log.frames()
+) WITHOUT ROWID;
+"""
+
+
+class Store:
+    """The record of every run. A write that was acknowledged to a client survives a power loss (`durable`: an fsync of
+    the write-ahead log); the others survive any end of the daemon. Readers have a connection of their own, so that
+    they never wait for a disk. Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous."""
+
+    def __init__(self, state_dir: Path) -> None:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state_dir.chmod(0o700)
+        self._lock_file = _lock_state_dir(state_dir)
+        self._write_lock = threading.Lock()  # guards _writer and _total
+        self._read_lock = threading.Lock()  # guards _reader
+        try:
+            self._writer = self._open(state_dir / "lightrun.db")
+            self._prepare()
+            self._reader = self._open(state_dir / "lightrun.db")
+            self.id = str(self._one("SELECT value FROM meta WHERE name = 'state'")[0])
+            self._total, self._count = self._one("SELECT coalesce(sum(size), 0), count(*) FROM runs WHERE status != 'running'")
+        except sqlite3.Error as error:
+            raise StartError(f"{state_dir / 'lightrun.db'}: {error}") from error
+
+    @staticmethod
+    def _open(path: Path) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
+        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "secure_delete=ON", "wal_autocheckpoint=1000"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    def _prepare(self) -> None:
+        version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StartError(f"the state dir was made by a newer lightrun (schema {version}, known {SCHEMA_VERSION})")
+        if version == 0:
+            self._writer.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+            with self._transaction(durable=True) as execute:
+                execute("INSERT INTO meta VALUES ('state', ?)", uuid.uuid4().hex)
+
+    @contextlib.contextmanager
+    def _transaction(self, durable: bool) -> Iterator[Callable[..., sqlite3.Cursor]]:
+        """One transaction; rolled back, and raised as Unavailable, when it cannot be written (a full disk, say)."""
+        with self._write_lock:
+            try:
+                self._writer.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+                self._writer.execute("BEGIN IMMEDIATE")
+                try:
+                    yield lambda sql, *values: self._writer.execute(sql, values)
+                    self._writer.execute("COMMIT")
+                except BaseException:
+                    if self._writer.in_transaction:
+                        self._writer.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error}", 5) from error
+
+    def _all(self, sql: str, *values: Any) -> list[Any]:
+        with self._read_lock:
+            return self._reader.execute(sql, values).fetchall()
+
+    def _one(self, sql: str, *values: Any) -> Any:
+        rows = self._all(sql, *values)
+        if not rows:
+            raise NotFound("there is no such run")
+        return rows[0]
+
+    def add(self, run: Run) -> None:
+        """Record an accepted run; on disk when this returns, if anybody is promised that it will end."""
+        with self._transaction(durable=not run.waited) as execute:
+            owed = run.callback is not None
+            execute("INSERT INTO runs (id, status, owed, head) VALUES (?, 'running', ?, ?)", run.id, owed, to_json(run.head()))
+
+    def begin(self, run_id: str) -> None:
+        """Record that the run's container is about to be started."""
+        with self._transaction(durable=False) as execute:
+            execute("UPDATE runs SET begun = 1 WHERE id = ?", run_id)
+
+    def finish(self, run: Run, frames: bytes) -> None:
+        """Record the end of a run, whole, in one transaction."""
+        head, tail = to_json(run.head()).decode(), to_json(run.tail()).decode()
+        size = len(head) + len(tail) + len(frames) + sum(entry.get("bytes", 0) for entry in run.artifacts)
+        with self._transaction(durable=True) as execute:
+            execute("UPDATE runs SET status = ?, size = ?, head = ? WHERE id = ?", run.status, size, head, run.id)
+            execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", run.id, tail, frames)
+        self._total, self._count = self._total + size, self._count + 1
+
+    def settle(self, run: Run) -> None:
+        """Record what became of a run's callback."""
+        with self._transaction(durable=True) as execute:
+            execute("UPDATE runs SET owed = 0, head = ? WHERE id = ?", to_json(run.head()).decode(), run.id)
+
+    def delete(self, run_id: str) -> None:
+        """Forget a finished run. Raises NotFound, Conflict."""
+        status, size = self._one("SELECT status, size FROM runs WHERE id = ?", run_id)
+        if status == "running":
+            raise Conflict("the run is still running", "running")
+        with self._transaction(durable=True) as execute:
+            gone = execute("DELETE FROM runs WHERE id = ? AND status != 'running'", run_id).rowcount
+        self._total, self._count = self._total - size * gone, self._count - gone
+
+    def head(self, run_id: str) -> str:
+        """The JSON of a run's head. Raises NotFound."""
+        return str(self._one("SELECT head FROM runs WHERE id = ?", run_id)[0])
+
+    def details(self, run_id: str) -> tuple[dict[str, Any], bytes]:
+        """Tail and log frames of a finished run. Raises NotFound."""
+        tail, frames = self._one("SELECT tail, frames FROM details WHERE id = ?", run_id)
+        return json.loads(tail), frames
+
+    def heads(self, status: str | None, before: str | None, limit: int) -> list[str]:
+        """The JSON of up to `limit` heads, newest first. Raises NotFound for an unknown `before`."""
+        top = self._one("SELECT seq FROM runs WHERE id = ?", before)[0] if before else sys.maxsize
+        where, values = ("AND status = ?", [status]) if status else ("", [])
+        rows = self._all(f"SELECT head FROM runs WHERE seq < ? {where} ORDER BY seq DESC LIMIT ?", top, *values, limit)
+        return [head for (head,) in rows]
+
+    def usage(self) -> tuple[int, int]:
+        """Bytes and number of finished runs."""
+        return self._total, self._count
+
+    def removable(self) -> Iterator[tuple[str, int]]:
+        """Id and size of finished runs that owe nothing, oldest first."""
+        top = 0
+        while rows := self._all(
+            "SELECT seq, id, size FROM runs WHERE seq > ? AND status != 'running' AND NOT owed ORDER BY seq LIMIT 100", top
+        ):
+            for top, run_id, size in rows:  # noqa: B007  # the last one is where the next page begins
+                yield run_id, size
+
+    def close(self) -> None:
+        """Close the database and let another daemon have the state dir."""
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+            self._lock_file.close()
+
+
+def _lock_state_dir(state_dir: Path) -> IO[str]:
+    """Take the state dir for this process; the kernel gives it back however the process ends."""
+    file = (state_dir / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise StartError(f"another lightrun serves from {state_dir}") from error
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Logs: frames of the attach stream → kept bytes, lines
+# --------------------------------------------------------------------------------------------------------------------
+
+STREAMS = {1: "stdout", 2: "stderr"}
+FRAME = struct.Struct(">BxxxL")  # stream and length: Engine API, "Attach to a container", stream format
+
+
+def frames(data: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
+    """The (stream, payload) pairs of a text of whole frames."""
+    offset = 0
+    while offset < len(data):
+        stream, length = FRAME.unpack_from(data, offset)
+        yield stream, bytes(data[offset + FRAME.size : offset + FRAME.size + length])
+        offset += FRAME.size + length
+
+
+def raw_log(data: bytes, stream: str | None = None) -> bytes:
+    """The bytes of one stream, or of both in the order in which they were read."""
+    return b"".join(payload for number, payload in frames(data) if stream in {None, STREAMS[number]})
+
+
+def log_lines(data: bytes) -> list[str]:
+    """The lines of a log, each assembled from its own stream, in the order in which they were complete."""
+    lines: list[bytes] = []
+    rest: dict[int, list[bytes]] = {1: [], 2: []}  # pieces, since joining at each one would take quadratic time
+    for stream, payload in frames(data):
+        first, *others = payload.split(b"\n")
+        rest[stream].append(first)
+        for piece in others:
+            lines.append(b"".join(rest[stream]))
+            rest[stream] = [piece]
+    lines += filter(None, map(b"".join, rest.values()))
+    return [line.decode(errors="replace") for line in lines]
+
+
+class Log:
+    """The newest `limit` payload bytes of a run, as one text of frames: 9 bytes for each kept one at the very worst, and
+    what is stored is what is kept. Written by one thread, read by any."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()  # guards all below
+        self._data = bytearray()  # whole frames; neighbours of one stream are merged
+        self._last = 0  # where the last frame begins
+        self._payload = 0
+        self._partial = bytearray()  # of a frame still being received
+        self.truncated = False
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece of the attach stream, cut anywhere."""
+        pending = self._partial + data if self._partial else data
+        offset = 0
+        with self._lock:
+            while len(pending) - offset >= FRAME.size:
+                stream, length = FRAME.unpack_from(pending, offset)
+                start = offset + FRAME.size
+                if len(pending) - start < length:
+                    break
+                self._append(stream, memoryview(pending)[start : start + length])
+                offset = start + length
+        self._partial = bytearray(memoryview(pending)[offset:])
+
+    def _append(self, stream: int, payload: memoryview) -> None:
+        if self._data and self._data[self._last] == stream:
+            length = FRAME.unpack_from(self._data, self._last)[1] + len(payload)
+        else:
+            self._last, length = len(self._data), len(payload)
+            self._data += bytes(FRAME.size)
+        FRAME.pack_into(self._data, self._last, stream, length)
+        self._data += payload
+        self._payload += len(payload)
+        if self._payload > 2 * self._limit:  # in large steps, since each moves what is kept
+            self._trim()
+
+    def _trim(self) -> None:
+        """Drop the oldest payload over the limit; a frame that is cut keeps its header."""
+        excess = self._payload - self._limit
+        if excess <= 0:
+            return
+        self.truncated = True
+        self._payload -= excess
+        cut = 0
+        while excess:
+            stream, length = FRAME.unpack_from(self._data, cut)
+            dropped = min(length, excess)
+            excess -= dropped
+            cut += dropped if dropped < length else FRAME.size + length
+        del self._data[:cut]
+        self._last = max(0, self._last - cut)
+        if dropped < length:
+            FRAME.pack_into(self._data, 0, stream, length - dropped)
+
+    def frames(self) -> bytes:
+        """What is kept."""
+        with self._lock:
+            self._trim()
+            return bytes(self._data)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Artifacts: the tar that goes in, the tar that comes back, what is kept on disk
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ArtifactError(Exception):
+    """An `extract` entry that cannot be kept, in words for the client."""
+
+
+def _tar_header(name: str, size: int | None = None, mode: int = 0o777, modified: float = 0) -> bytes:
+    """One member's header, owned by root; a folder's when there is no size."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = (tarfile.DIRTYPE, 0) if size is None else (tarfile.REGTYPE, size)
+    info.mode, info.mtime = mode, int(modified)
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def _tar_padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)
+
+
+TAR_END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def files_tar(workdir: str, files: Mapping[str, bytes], shared: bool, now: float) -> bytes:
+    """The tar to be put at `/`: its first member is a folder, so that no engine takes it for a compressed one and runs a
+    program of the image to unpack it (CVE-2026-41567). Everybody may change what it holds, since the image may run as
+    any user; `shared` opens the workdir too. Without it the workdir is left as the image has it, a link included."""
+    root = workdir[1:]
+    folders = {folder for path in files for folder in parent_folders(path)}
+    parts = [_tar_header("./", mode=0o755, modified=now)]
+    if shared or not files:
+        parts.append(_tar_header(f"{root}/", modified=now))
+    parts += [_tar_header(f"{root}/{folder}/", modified=now) for folder in sorted(folders)]
+    for path, content in files.items():
+        parts += [_tar_header(f"{root}/{path}", len(content), modified=now), content, _tar_padding(len(content))]
+    return b"".join([*parts, TAR_END])
+
+
+class Extraction:
+    """What one run keeps: the paths it asked for, one after the other, into one folder, within one budget of bytes and
+    entries. A path is unpacked beside the folder and moved in when it is whole, so that a bad one leaves nothing."""
+
+    def __init__(self, root: Path, run_id: str, limit: int) -> None:
+        self._folder, self._staging = root / run_id, root / f"{run_id}.partial"
+        self._bytes_left, self._entries_left = limit, MAX_ARTIFACT_ENTRIES
+        self.artifacts: list[dict[str, Any]] = []
+
+    def keep(self, tar: IO[bytes], folder: bool) -> dict[str, Any]:
+        """Keep what an engine sent for one path: a file under its name, a folder's contents without the folder. Returns
+        `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError."""
+        remove_tree(self._staging)
+        try:
+            self._staging.mkdir(mode=0o700)
+            entries, skipped = self._unpack(tar, folder)
+            self._move_in(entries)
+        except tarfile.TarError as error:
+            raise ArtifactError("the engine sent a broken archive") from error
+        except OSError as error:
+            raise ArtifactError(f"cannot be kept: {error.strerror or 'input/output error'}") from error
+        finally:
+            remove_tree(self._staging)
+        size = sum(entry["bytes"] for entry in entries)
+        self._bytes_left -= size
+        self._entries_left -= len(entries)
+        self.artifacts = sorted(self.artifacts + entries, key=lambda entry: str(entry["path"]))
+        return {"bytes": size, **({"skipped": skipped} if skipped else {})}
+
+    def discard(self) -> None:
+        """Drop all that was kept."""
+        self.artifacts = []
+        remove_tree(self._folder)
+
+    def _unpack(self, tar: IO[bytes], folder: bool) -> tuple[list[dict[str, Any]], int]:
+        entries: dict[str, dict[str, Any]] = {}
+        bytes_left, skipped, top = self._bytes_left, 0, None
+        with tarfile.open(fileobj=tar, mode="r|", bufsize=COPY_BYTES) as archive:
+            for member in archive:
+                if folder and top is None:
+                    top = member.name  # the folder itself comes first
+                    continue
+                path = member.name[len(top) :].strip("/") if top is not None else posixpath.basename(member.name)
+                if not (member.isdir() or member.isreg()) or not _keepable(path):
+                    skipped += 1
+                    continue
+                if member.isreg():
+                    if member.size > bytes_left:
+                        raise ArtifactError("is larger than what this run may still keep")
+                    bytes_left -= member.size
+                    self._write(archive, member, path)
+                else:
+                    (self._staging / path).mkdir(mode=0o700, parents=True, exist_ok=True)
+                for name in [*parent_folders(path), path]:
+                    entries.setdefault(name, {"path": name, "bytes": 0, "type": "directory"})
+                if member.isreg():
+                    entries[path] = {"path": path, "bytes": member.size, "type": "file"}
+                if len(entries) > self._entries_left:
+                    raise ArtifactError("holds more files and folders than a run may keep")
+                archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
+        return list(entries.values()), skipped
+
+    def _write(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
+        target = self._staging / path
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        source = archive.extractfile(member)
+        with open(target, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            shutil.copyfileobj(source, file, COPY_BYTES)  # type: ignore[arg-type]  # a regular file has a source
+
+    def _move_in(self, entries: list[dict[str, Any]]) -> None:
+        names = sorted({entry["path"].partition("/")[0] for entry in entries})
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        for name in names:
+            if os.path.lexists(self._folder / name):
+                raise ArtifactError(f"collides with an earlier entry's {name}")
+        for name in names:
+            (self._staging / name).rename(self._folder / name)
+
+
+def _keepable(path: str) -> bool:
+    """Whether a name from a container may become a name on this disk."""
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:  # bytes that were not UTF-8
+        return False
+    segments = path.split("/")
+    sound = all(segment not in {"", ".", ".."} and len(segment.encode()) <= 255 for segment in segments)
+    return sound and "\0" not in path and len(segments) <= MAX_ARTIFACT_DEPTH and len(encoded) <= MAX_ARTIFACT_PATH_BYTES
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that may not be there, and say so in the log when it cannot be."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        log.warning("cannot remove %s: %s", folder, error.strerror)
+
+
+def open_artifact(root: Path, path: str) -> IO[bytes] | None:
+    """The file kept under a path below a run's root, None for a folder; no step follows a link. Raises NotFound."""
+    with contextlib.ExitStack() as opened:
+
+        def step(name: str | Path, flags: int, folder: int | None = None) -> int:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=folder)
+            opened.callback(os.close, descriptor)
+            return descriptor
+
+        try:
+            *parents, name = path.split("/")
+            folder = step(root, os.O_DIRECTORY)
+            for parent in parents:
+                folder = step(parent, os.O_DIRECTORY, folder)
+            descriptor = step(name, os.O_NONBLOCK, folder)
+            mode = os.fstat(descriptor).st_mode
+            if stat.S_ISREG(mode):
+                return os.fdopen(os.dup(descriptor), "rb")
+            if stat.S_ISDIR(mode):
+                return None
+        except (OSError, ValueError):  # not there, a link, a NUL
+            pass
+    raise NotFound("there is no such artifact")
+
+
+def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """All artifacts of a run as one tar, in pieces. Raises NotFound when one has gone."""
+    for entry in artifacts:
+        file = open_artifact(root, entry["path"])
+        if file is None:
+            yield _tar_header(entry["path"] + "/", mode=0o755)
+            continue
+        with file:
+            yield _tar_header(entry["path"], entry["bytes"], 0o644, os.fstat(file.fileno()).st_mtime)
+            while piece := file.read(COPY_BYTES):
+                yield piece
+            yield _tar_padding(entry["bytes"])
+    yield TAR_END
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Engine: the only section that names docker or requests
+# --------------------------------------------------------------------------------------------------------------------
+
+LABEL_STATE, LABEL_RUN = "lightrun.state", "lightrun.run"
+NETWORK = "lightrun"
+NETWORK_OPTIONS = {"com.docker.network.bridge.enable_icc": "false"}
+CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
+GO_MODE_FOLDER, GO_MODE_LINK = 1 << 31, 1 << 27  # of Go's fs.FileMode, in X-Docker-Container-Path-Stat
+GO_MODE_OTHER = 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19  # devices, pipes, sockets, anything else
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+    """An image on the engine: its id, and whether its program starts as root."""
+
+    id: str
+    root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ContainerState:
+    """What the engine says of a container. Times in Unix seconds; `started` None when it never was."""
+
+    running: bool
+    started: float | None
+    exit_code: int
+    oom_killed: bool
+
+
+class Output:
+    """The attach stream of one container."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self.open = True
+
+    def read(self, wake: int, seconds: float) -> bytes:
+        """The next bytes; b"" when `seconds` have passed, `wake` is readable or, with `open` then False, at the end."""
+        poll = select.poll()  # select() fails on descriptors over 1023
+        poll.register(self._response.raw.fileno(), select.POLLIN)
+        poll.register(wake, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(max(0, seconds) * 1000)]
+        if self._response.raw.fileno() not in ready:
+            return b""
+        with translated("read the output"):
+            data: bytes = self._response.raw.read1(READ_BYTES)
+        if not data:
+            self.close()
+        return data
+
+    def close(self) -> None:
+        """Let the connection go; an engine keeps a container busy with one that is forgotten."""
+        self.open = False
+        self._response.close()
+
+
+@contextlib.contextmanager
+def translated(action: str) -> Iterator[None]:
+    """Turn every failure of the SDK into an EngineError: the one place where its exceptions are known."""
+    import docker.errors
+    import requests
+    import urllib3
+
+    try:
+        yield
+    except docker.errors.APIError as error:
+        kind = {404: EngineMissing, 304: EngineConflict, 409: EngineConflict}.get(error.status_code or 500, EngineError)
+        raise kind(f"the engine cannot {action}: {error.explanation or error}") from error
+    except (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise EngineAbsent(f"the engine did not answer (to {action})") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise EngineAbsent(f"the connection to the engine broke (to {action})") from error
+
+
+class Engine:
+    """The Docker Engine. Every method raises EngineError or one of its kinds, and nothing else of the SDK's."""
+
+    def __init__(self, settings: Settings, state_id: str) -> None:
+        self._settings, self._state_id = settings, state_id
+        self._lock = threading.Lock()  # guards _client
+        self._client: Any = None
+        self._network_lock = threading.Lock()  # held while the network is looked for
+        self._network_ready = False
+
+    def _api(self) -> Any:
+        """The SDK's client, made when the engine first answers."""
+        import docker.utils
+
+        with self._lock:
+            if self._client is None:
+                host = self._settings.docker_host
+                environment = {**os.environ, **({"DOCKER_HOST": host} if host else {})}
+                options = docker.utils.kwargs_from_env(environment=environment)
+                with translated("be reached"):
+                    client = docker.APIClient(version="auto", timeout=HEALTH_SECONDS, max_pool_size=64, **options)
+                client.timeout = ENGINE_SECONDS
+                client.trust_env = False  # requests looks for proxies and .netrc at each call otherwise
+                self._client = client
+            return self._client
+
+    @contextlib.contextmanager
+    def _call(self, action: str) -> Iterator[Any]:
+        api = self._api()
+        with translated(action):
+            yield api
+
+    def _stream(self, method: str, path: str, seconds: float = ENGINE_SECONDS, **options: Any) -> Any:
+        """A call whose answer is read piece by piece; the SDK's own would not let go of a connection half-way."""
+        headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}  # the engine would gzip an archive
+        import docker.errors
+        import requests
+
+        api = self._api()
+        url = f"{api.base_url}/v{api.api_version}{path}"
+        response = api.request(method, url, headers=headers, stream=True, timeout=seconds, **options)
+        try:
+            response.raise_for_status()
+        except requests.HTTPError as error:
+            with contextlib.closing(response):
+                docker.errors.create_api_error_from_http_exception(error)
+        return response
+
+    def version(self) -> dict[str, str]:
+        """Version and API version; the quick question whether the engine answers."""
+        with self._call("tell its version") as api, contextlib.closing(
+            api.get(f"{api.base_url}/version", timeout=HEALTH_SECONDS)
+        ) as response:
+            about = response.json()
+        return {"version": about["Version"], "apiVersion": about["ApiVersion"]}
+
+    def check_limits(self) -> None:
+        """Raises StartError for an option that this engine cannot give."""
+        with self._call("tell what it has") as api:
+            about = api.info()
+        if self._settings.cpus > about["NCPU"]:
+            raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
+        if self._settings.memory > about["MemTotal"]:
+            raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
+        if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
+            raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
+
+    def image(self, reference: str) -> Image:
+        """What is known of an image that is on the engine. Raises EngineMissing."""
+        with self._call("find the image") as api:
+            about = api.inspect_image(reference)
+        user = (about.get("Config") or {}).get("User", "").partition(":")[0]
+        return Image(about["Id"], user in {"", "0", "root"})
+
+    def pull(self, reference: str, seconds: float) -> Generator[dict[str, Any], None, None]:
+        """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
+        `seconds` bounds a silence."""
+        import docker.auth
+        import docker.utils
+
+        with self._call("pull the image") as api:
+            api.reload_config()
+            repository, tag = docker.utils.parse_repository_tag(reference)
+            registry, _ = docker.auth.resolve_repository_name(repository)
+            credentials = docker.auth.get_config_header(api, registry)
+            with contextlib.closing(self._stream(
+                "POST", "/images/create", seconds, params={"fromImage": repository, "tag": tag},
+                headers={"X-Registry-Auth": credentials} if credentials else {},
+            )) as response:  # fmt: skip
+                for line in response.iter_lines():
+                    event = json.loads(line)
+                    if "error" in event:
+                        raise EngineError(f"the engine cannot pull the image: {event['error']}")
+                    yield event
+
+    def _ensure_network(self) -> str:
+        """The isolated bridge, made when missing. Two daemons may make it at once, and older engines then have two."""
+        with self._network_lock:
+            if not self._network_ready:
+                with self._call("make the network") as api:
+                    if not self._networks(api):
+                        with contextlib.suppress(EngineConflict), translated("make the network"):
+                            api.create_network(
+                                NETWORK, driver="bridge", options=NETWORK_OPTIONS, check_duplicate=True, labels={LABEL_STATE: ""}
+                            )
+                    first, *others = sorted(self._networks(api), key=lambda network: (network["Created"], network["Id"]))
+                    for other in others:
+                        with contextlib.suppress(EngineError), translated("remove a second network"):
+                            api.remove_network(other["Id"])
+                options = first.get("Options") or {}
+                if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
+                    raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
+                self._network_ready = True
+        return NETWORK
+
+    @staticmethod
+    def _networks(api: Any) -> list[dict[str, Any]]:
+        return [network for network in api.networks(names=[NETWORK]) if network["Name"] == NETWORK]
+
+    def forget_network(self) -> None:
+        """Look for the isolated bridge again before its next use: it may have been pruned."""
+        self._network_ready = False
+
+    def _network_mode(self, name: str | None) -> str:
+        """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
+        if name is None:
+            return self._ensure_network()
+        if name != "none":
+            with self._call("find the network") as api:
+                about = api.inspect_network(name)
+            if about["Name"] != name or about["Driver"] in {"host", "null"}:
+                raise EngineMissing(f"there is no network named {name} that a run may use")
+        return name
+
+    def create(self, run_id: str, image: Image, request: RunRequest) -> str:
+        """Create a run's container with every hardening of SPEC 5; its id."""
+        config = {
+            "Image": image.id,
+            "Env": [f"{name}={value}" for name, value in request.env.items()],
+            "WorkingDir": request.workdir,
+            "Labels": {LABEL_STATE: self._state_id, LABEL_RUN: run_id},
+            "OpenStdin": request.stdin is not None,
+            "StdinOnce": request.stdin is not None,
+            "Healthcheck": {"Test": ["NONE"]},  # an image's own would run beside the run
+            "HostConfig": self._host_config(request),
+        }
+        if request.command is not None:
+            config |= {"Entrypoint": request.command, "Cmd": []}
+        with self._call("create the container") as api:
+            return str(api.create_container_from_config(config, f"lightrun-{run_id}")["Id"])
+
+    def _host_config(self, request: RunRequest) -> dict[str, Any]:
+        # The engine's copy of the log spends up to 28 bytes a line on top; only recovery reads it.
+        copy_bytes = 4 * self._settings.log_limit
+        return {
+            "CapDrop": ["ALL"],
+            "CapAdd": CAPABILITIES,
+            "SecurityOpt": ["no-new-privileges"],
+            "Privileged": False,
+            "Init": True,
+            "IpcMode": "private",
+            "Memory": request.memory,
+            "MemorySwap": request.memory,
+            "NanoCpus": round(request.cpus * 1e9),
+            "PidsLimit": request.pids,
+            "NetworkMode": self._network_mode(request.network),
+            "LogConfig": {"Type": "local", "Config": {"max-size": str(copy_bytes), "max-file": "2", "compress": "false"}},
+            **({"Runtime": self._settings.runtime} if self._settings.runtime else {}),
+        }
+
+    def put(self, container: str, tar: bytes) -> None:
+        """Unpack a tar at the root of a container that has not been started."""
+        with self._call("put the files") as api:
+            api.put_archive(container, "/", tar)
+
+    def attach(self, container: str) -> Output:
+        """The container's output from now on."""
+        with self._call("attach"):
+            parameters = {"stream": 1, "stdout": 1, "stderr": 1}
+            return Output(self._stream("POST", f"/containers/{container}/attach", params=parameters))
+
+    def open_stdin(self, container: str) -> Any:
+        """A socket to the container's stdin; the end of it is the end of file."""
+        with self._call("attach stdin") as api:
+            sock = api.attach_socket(container, {"stdin": 1, "stream": 1})
+            sock = getattr(sock, "_sock", sock)  # the SDK wraps all but a TLS socket for reading
+            sock.settimeout(None)
+            return sock
+
+    def start(self, container: str) -> None:
+        """Start the container; to say it twice is harmless while it runs."""
+        with self._call("start the container") as api:
+            api.start(container)
+
+    def inspect(self, container: str) -> ContainerState:
+        """The engine's word on a container, by id or name. Raises EngineMissing."""
+        with self._call("inspect the container") as api:
+            state = api.inspect_container(container)["State"]
+        started = None if state["StartedAt"].startswith("0001-") else parse_timestamp(state["StartedAt"])
+        return ContainerState(state["Running"], started, state["ExitCode"], state["OOMKilled"])
+
+    def wait(self, container: str, seconds: float) -> ContainerState:
+        """Wait up to `seconds` for the container's exit; its state then."""
+        with contextlib.suppress(EngineAbsent), self._call("wait") as api:
+            api.wait(container, timeout=max(seconds, 0.001))
+        return self.inspect(container)
+
+    def kill(self, container: str, signal_name: str) -> bool:
+        """Send a signal; whether the container was there to take it."""
+        try:
+            with self._call("send a signal") as api:
+                api.kill(container, signal_name)
+        except (EngineMissing, EngineConflict):
+            return False
+        return True
+
+    def logs(self, container: str) -> Iterator[bytes]:
+        """The engine's own copy of the log, as frames cut anywhere."""
+        with self._call("read the log"):
+            parameters = {"stdout": 1, "stderr": 1}
+            with contextlib.closing(self._stream("GET", f"/containers/{container}/logs", params=parameters)) as response:
+                yield from response.iter_content(READ_BYTES)
+
+    @contextlib.contextmanager
+    def archive(self, container: str, path: str) -> Iterator[tuple[IO[bytes], int]]:
+        """A path of an exited container as a tar stream, and its Go file mode. Raises EngineMissing."""
+        with self._call("copy out"), contextlib.closing(
+            self._stream("GET", f"/containers/{container}/archive", params={"path": path})
+        ) as response:
+            about = json.loads(base64.b64decode(response.headers["X-Docker-Container-Path-Stat"]))
+            yield response.raw, about["mode"]
+
+    def remove(self, container: str) -> None:
+        """Remove a container, running or not, with its anonymous volumes; gone already is as good."""
+        with contextlib.suppress(EngineMissing), self._call("remove the container") as api:
+            api.remove_container(container, v=True, force=True)
+
+    def containers(self) -> list[tuple[str, str]]:
+        """Id and run id of every container of this state dir."""
+        with self._call("list the containers") as api:
+            found = api.containers(all=True, filters={"label": [f"{LABEL_STATE}={self._state_id}"]})
+        return [(about["Id"], about["Labels"].get(LABEL_RUN, "")) for about in found]
+
+# --------------------------------------------------------------------------------------------------------------------
+# Callbacks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def signature(secret: str, body: bytes) -> str:
+    """The value of X-Light-Run-Signature: `sha256=` and the hex HMAC-SHA256 of the raw body."""
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+class CallbackError(Exception):
+    """An attempt that was not answered with 2xx, in words for `lastError`."""
+
+
+def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str, ...]) -> None:
+    """POST once. Redirects and the environment's proxies are not followed, the answer's body is not read. Raises
+    CallbackError."""
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    try:
+        with contextlib.closing(_connect(host, port, parts.scheme == "https", allow)) as connection:
+            connection.request("POST", target, body, {"Content-Type": "application/json", **headers})
+            status = connection.getresponse().status
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise CallbackError(f"no answer: {type(error).__name__}") from error
+    if not 200 <= status < 300:
+        raise CallbackError(f"answered {status}")
+
+
+def _connect(host: str, port: int, tls: bool, allow: tuple[str, ...]) -> http.client.HTTPConnection:
+    """A connection whose address was judged after its name was resolved, so that no name leads to a metadata service."""
+    if not callback_host_allowed(host, allow):
+        raise CallbackError("the host is not one that --callback-allow names")
+    sock = socket.create_connection((host, port), CALLBACK_SECONDS)
+    if not allow and is_link_local(sock.getpeername()[0]):
+        sock.close()
+        raise CallbackError("the host's address is link-local")
+    if tls:
+        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+    connection = http.client.HTTPConnection(host, port, timeout=CALLBACK_SECONDS)
+    if port == 443 and tls:
+        connection.default_port = 443  # the Host header then leaves it out
+    connection.sock = sock
+    return connection
+
+
+class Callbacks:
+    """Sends the final state of detached runs to whoever asked for it."""
+
+    def __init__(self, store: Store, allow: tuple[str, ...]) -> None:
+        self._store, self._allow = store, allow
+
+    def send(self, run: Run, request: RunRequest, body: bytes) -> None:
+        """Deliver from a thread of its own: a slow receiver holds up no run."""
+        threading.Thread(target=self._attempt, args=(run, request, body), name="callback", daemon=True).start()
+
+    def _attempt(self, run: Run, request: RunRequest, body: bytes) -> None:
+        headers = {"X-Light-Run-Id": run.id, "X-Light-Run-Attempt": "1"}
+        if request.callback_secret:
+            headers["X-Light-Run-Signature"] = signature(request.callback_secret, body)
+        try:
+            deliver(str(request.callback_url), body, headers, self._allow)
+            run.callback = {"status": "delivered", "attempts": 1}
+        except CallbackError as error:
+            log.warning("callback of run %s: %s", run.id, error)
+            run.callback = {"status": "failed", "attempts": 1, "lastError": str(error)}
+        with contextlib.suppress(Unavailable):
+            self._store.settle(run)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evictor
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def choose_victims(candidates: Iterable[tuple[str, int]], spared: str, excess_bytes: int, excess_runs: int) -> Iterator[str]:
+    """The oldest runs whose removal brings both excesses to zero, never the `spared` one. Pure; as lazy as its input."""
+    for run_id, size in candidates:
+        if excess_bytes <= 0 and excess_runs <= 0:
+            return
+        if run_id != spared:
+            excess_bytes, excess_runs = excess_bytes - size, excess_runs - 1
+            yield run_id
+
+
+class Evictor:
+    """Removes whole runs, record and folder."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store, self._root = store, settings.artifacts_root()
+        self._max_bytes, self._max_runs = settings.max_artifacts_bytes, settings.keep
+        self._lock = threading.Lock()  # one eviction at a time, or two would count the same excess
+
+    def evict(self, just_finished: str) -> None:
+        """Bring what is kept under the caps."""
+        with self._lock:
+            size, count = self._store.usage()
+            victims = choose_victims(
+                self._store.removable(), just_finished, size - self._max_bytes, count - self._max_runs
+            )
+            for run_id in victims:
+                with contextlib.suppress(NotFound):  # deleted by a client meanwhile
+                    self.remove(run_id)
+                    log.info("evicted run %s", run_id)
+
+    def remove(self, run_id: str) -> None:
+        """Remove a finished run. The record goes first: a folder without one is recognised and removed at the next
+        start, a record without its folder would promise artifacts that are not there. Raises NotFound, Conflict."""
+        self._store.delete(run_id)
+        remove_tree(self._root / run_id)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runner: one run as one function; admission, cancel
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What somebody wants of a run: to end, for a reason, by a signal and then, after `grace` seconds, by SIGKILL."""
+
+    reason: str
+    signal: str = "SIGKILL"
+    grace: float = RETRY_SECONDS
+
+
+class Job:
+    """A run in progress: its record, its request, its log, and what is asked of it."""
+
+    def __init__(self, run: Run, request: RunRequest, log_limit: int) -> None:
+        self.run, self.request, self.log = run, request, Log(log_limit)
+        self.done = threading.Event()
+        self.container = f"lightrun-{run.id}"
+        self.output: Output | None = None
+        self.recovered = False  # the attach stream was lost; the log comes from the engine's copy
+        self.taken: str | None = None  # the reason whose signal the engine took
+        self._entered = time.monotonic()
+        self._lock = threading.Lock()  # guards asked and the pipe
+        self.asked: Ask | None = None
+        self.wake, self._waker = os.pipe()
+
+    def ask(self, ask: Ask) -> None:
+        """Ask for an end, from any thread and without waiting. A cancel overrides a stop; nothing overrides a cancel."""
+        with self._lock:
+            if self._waker >= 0 and (self.asked is None or self.asked.reason == "stopped"):
+                self.asked = ask
+                os.write(self._waker, b"!")
+
+    def heed(self) -> Ask | None:
+        """What is asked, once the worker has been woken for it."""
+        with self._lock:
+            if self.asked and select.select([self.wake], [], [], 0)[0]:
+                os.read(self.wake, 16)
+            return self.asked
+
+    def check(self) -> None:
+        """Raises RunEnds when the run should not go on to its start."""
+        if self.asked:
+            raise RunEnds(self.asked.reason, "the run was ended before its container started")
+
+    def enter(self, phase: str) -> None:
+        """Go on to a phase; the time spent in the last one is noted."""
+        now = time.monotonic()
+        self.run.timings[PHASES[self.run.phase]] += round((now - self._entered) * 1000)
+        self.run.phase, self._entered = phase, now
+
+    def state(self) -> dict[str, Any]:
+        """The state as it is now."""
+        head = dataclasses.replace(self.run, logs_truncated=self.run.logs_truncated or self.log.truncated).head()
+        return whole_state(head, self.run.tail(), log_lines(self.log.frames()))
+
+    def close(self) -> None:
+        """Let go of what a finished run does not need."""
+        with self._lock:
+            os.close(self.wake)
+            os.close(self._waker)
+            self._waker = -1
+        if self.output:
+            self.output.close()
+
+
+class Pull:
+    """One pull, shared by all runs that want the image meanwhile; given up when none of them is left."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.waiting = 0
+        self.error: str | None = None
+
+    def run(self, events: Generator[dict[str, Any], None, None]) -> None:
+        """Follow the engine's progress to the end."""
+        try:
+            with contextlib.closing(events):
+                for _event in events:
+                    if not self.waiting:
+                        raise EngineError("nobody waits for the image any more")
+        except EngineError as error:
+            self.error = str(error)
+        finally:
+            self.done.set()
+
+
+class Runner:
+    """Takes runs in, runs each on a worker thread of its own, and sees every one of them to its end."""
+
+    def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks) -> None:
+        self._settings, self._store, self._engine = settings, store, engine
+        self._evictor, self._callbacks = evictor, callbacks
+        self._lock = threading.Lock()  # guards all below
+        self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
+        self._queue: collections.deque[Job] = collections.deque()
+        self._places = 0  # taken in the queue or by a worker, from before the record until the container is gone
+        self._workers = 0
+        self._pulls: dict[str, Pull] = {}
+        self._stopping = False
+        self._engine_up = True
+        self._untidy = threading.Event()  # tells the housekeeper that the engine is absent or holds what should be gone
+        threading.Thread(target=self._housekeeping, name="housekeeper", daemon=True).start()
+
+    # -- taking runs in, and looking at them
+
+    def submit(self, request: RunRequest) -> Job:
+        """Accept a run: recorded when this returns. Raises Unavailable."""
+        with self._lock:
+            if self._stopping:
+                raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
+            if not self._engine_up:
+                raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
+            if self._places >= self._settings.max_concurrent + self._settings.queue:
+                raise Unavailable("busy", "all places for running and queued runs are taken")
+            self._places += 1
+        callback = {"status": "pending", "attempts": 0} if request.callback_url else None
+        run = Run(str(uuid.uuid4()), request.image, time.time(), waited=not request.detached, callback=callback)
+        job = Job(run, request, self._settings.log_limit)
+        try:
+            self._store.add(run)
+        except BaseException:
+            job.close()
+            with self._lock:
+                self._places -= 1
+            raise
+        with self._lock:
+            self._jobs[run.id] = job
+            self._queue.append(job)
+            if self._workers < self._settings.max_concurrent:
+                self._workers += 1
+                self._spawn(self._work)
+        return job
+
+    @staticmethod
+    def _spawn(target: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=target, args=arguments, name="run", daemon=True).start()
+
+    def job(self, run_id: str) -> Job | None:
+        """The run in progress with this id."""
+        with self._lock:
+            return self._jobs.get(run_id)
+
+    def counts(self) -> tuple[int, int]:
+        """Runs that have a worker, and runs that wait for one."""
+        with self._lock:
+            return len(self._jobs) - len(self._queue), len(self._queue)
+
+    def ask(self, run_id: str, ask: Ask) -> None:
+        """Ask a run to end; a queued one ends at once, without a place. Raises NotFound, Conflict."""
+        job = self.job(run_id)
+        if job is None:
+            self._store.head(run_id)
+            raise Conflict("the run has ended", "not_running")
+        job.ask(ask)
+        with self._lock:
+            queued = job in self._queue
+            if queued:
+                self._queue.remove(job)
+        if queued:
+            self._spawn(self._execute, job)
+
+    # -- one run
+
+    def _work(self) -> None:
+        """A worker: one run after the other until none is queued."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._workers -= 1
+                    return
+                job = self._queue.popleft()
+            self._execute(job)
+
+    def _execute(self, job: Job) -> None:
+        """One run from its place to its last trace."""
+        try:
+            self._launch(job)
+            ending = self._see_to_end(job)
+        except RunEnds as end:
+            ending = {"reason": end.reason, "error": str(end)}
+        except EngineAbsent as error:
+            self._untidy.set()
+            ending = {"reason": "engine_error", "error": str(error)}
+        except Exception:
+            log.exception("run %s", job.run.id)
+            ending = {"reason": "engine_error", "error": "lightrun failed; its log says how"}
+        self._record(job, ending)
+        try:
+            self._engine.remove(job.container)
+        except EngineError as error:
+            log.warning("run %s: %s", job.run.id, error)
+            self._untidy.set()
+        with self._lock:
+            self._places -= 1
+        self._evictor.evict(job.run.id)
+
+    def _launch(self, job: Job) -> None:
+        """pull, create, put, attach, start."""
+        request = job.request
+        job.check()
+        job.enter("starting")
+        image = self._image(job)
+        job.run.image_id = image.id
+        for last_try in (False, True):
+            try:
+                job.container = self._engine.create(job.run.id, image, request)
+                if request.files or not image.root:
+                    self._engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
+                job.output = self._engine.attach(job.container)
+                stdin = None if request.stdin is None else self._engine.open_stdin(job.container)
+                self._start(job)
+                break
+            except EngineAbsent:
+                raise
+            except EngineError as error:
+                if last_try or not isinstance(error, EngineMissing):
+                    raise RunEnds("start_failed", str(error)) from error
+                self._engine.forget_network()  # pruned since it was last used, most likely
+                self._engine.remove(job.container)
+        if stdin:
+            self._spawn(_feed, stdin, request.stdin)
+
+    def _start(self, job: Job) -> None:
+        job.check()
+        self._store.begin(job.run.id)
+        try:
+            self._engine.start(job.container)
+        except EngineAbsent:  # it may have started: what follows looks
+            job.recovered = True
+
+    def _image(self, job: Job) -> Image:
+        """The run's image, pulled if need be. Raises RunEnds."""
+        try:
+            if self._settings.pull != "always":
+                with contextlib.suppress(EngineMissing):
+                    return self._engine.image(job.request.reference)
+            if self._settings.pull == "never" or job.request.reference.startswith("sha256:"):
+                raise RunEnds("pull_failed", f"there is no image {job.request.reference} and it is not to be pulled")
+            job.enter("pulling")
+            self._pull(job)
+            job.enter("starting")
+            return self._engine.image(job.request.reference)
+        except EngineAbsent:
+            raise
+        except EngineError as error:
+            raise RunEnds("pull_failed", str(error)) from error
+
+    def _pull(self, job: Job) -> None:
+        reference, seconds = job.request.reference, self._settings.pull_timeout
+        deadline = time.monotonic() + seconds
+        with self._lock:
+            pull = self._pulls.get(reference)
+            fresh = pull is None or pull.done.is_set()
+            if pull is None or fresh:
+                pull = self._pulls[reference] = Pull()
+            pull.waiting += 1
+        if fresh:
+            self._spawn(pull.run, self._engine.pull(reference, seconds))
+        try:
+            while not pull.done.wait(DISCONNECT_POLL_SECONDS):
+                job.check()
+                if time.monotonic() > deadline:
+                    raise RunEnds("pull_failed", f"the pull took longer than {seconds:g} s")
+        finally:
+            with self._lock:
+                pull.waiting -= 1
+                if not pull.waiting and self._pulls.get(reference) is pull:
+                    del self._pulls[reference]
+        if pull.error:
+            raise RunEnds("pull_failed", pull.error)
+
+    def _see_to_end(self, job: Job) -> dict[str, Any]:
+        """read to the end → wait → extract, as often as the engine goes away in between."""
+        while True:
+            try:
+                state = self._watch(job)
+                return self._conclude(job, state)
+            except EngineMissing as error:
+                raise RunEnds("lost", "the container vanished") from error
+            except EngineAbsent as error:
+                log.warning("run %s: %s; waiting for it", job.run.id, error)
+                job.recovered = True
+                self._untidy.set()
+                while not self._answers():
+                    time.sleep(RETRY_SECONDS)
+
+    def _watch(self, job: Job) -> ContainerState:
+        """Read to the end of the output and of the container, and send the signals that fall due meanwhile."""
+        state = self._engine.inspect(job.container)
+        if state.started is None:
+            raise RunEnds("engine_error", "the engine went away before the container had started")
+        if job.recovered:
+            job.output = self._engine.attach(job.container) if state.running else None
+        job.run.started = state.started
+        job.enter("running")
+        kill_at = time.monotonic() + state.started + job.request.timeout - time.time()
+        heeded: Ask | None = None
+        while True:
+            if (asked := job.heed()) is not heeded and asked:
+                if self._engine.kill(job.container, asked.signal):
+                    job.taken = asked.reason
+                heeded, kill_at = asked, min(kill_at, time.monotonic() + asked.grace)
+            if (left := kill_at - time.monotonic()) <= 0:
+                if self._engine.kill(job.container, "SIGKILL"):
+                    job.taken = job.taken or "timeout"
+                left = RETRY_SECONDS
+                kill_at = time.monotonic() + left
+            if job.output and job.output.open:
+                job.log.feed(job.output.read(job.wake, left))
+            elif not (state := self._engine.wait(job.container, min(left, WAIT_SLICE_SECONDS))).running:
+                return state
+
+    def _conclude(self, job: Job, state: ContainerState) -> dict[str, Any]:
+        """What became of a container that has exited, and what it leaves."""
+        if job.recovered:
+            job.log = Log(self._settings.log_limit)
+            for piece in self._engine.logs(job.container):
+                job.log.feed(piece)
+        reason = job.taken or ("oom" if state.oom_killed and state.exit_code else "exited")
+        ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed}
+        ending["error"] = {
+            "timeout": f"killed after its timeout of {job.request.timeout * 1000:.0f} ms",
+            "oom": "killed for using more memory than its limit",
+            "stopped": "stopped on request",
+            "cancelled": "cancelled",
+            "interrupted": "killed because lightrun went away under it",
+        }.get(reason)
+        kept_anyway = job.request.extract_on_exit and reason in {"exited", "stopped", "timeout", "oom"}
+        if job.request.extract and (kept_anyway or (state.exit_code == 0 and reason in {"exited", "stopped"})):
+            job.enter("extracting")
+            ending |= self._extract(job)
+        return ending
+
+    def _extract(self, job: Job) -> dict[str, Any]:
+        extraction = Extraction(self._settings.artifacts_root(), job.run.id, self._settings.extract_limit)
+        extraction.discard()  # of an earlier try, which the engine's absence cut short
+        extracted = []
+        for path in job.request.extract:
+            if job.asked and job.asked.reason != "stopped":
+                extraction.discard()
+                return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path in job.request.extract]}
+            extracted.append({"from": path, **self._keep(job, extraction, path)})
+        return {"artifacts": extraction.artifacts, "extracted": extracted}
+
+    def _keep(self, job: Job, extraction: Extraction, path: str) -> dict[str, Any]:
+        """One entry of `extract`."""
+        try:
+            with self._engine.archive(job.container, clean_path(posixpath.join(job.request.workdir, path))) as (tar, mode):
+                if mode & GO_MODE_LINK:
+                    raise ArtifactError("is a link")
+                if mode & GO_MODE_OTHER:
+                    raise ArtifactError("is neither a file nor a folder")
+                return {"status": "ok", **extraction.keep(tar, bool(mode & GO_MODE_FOLDER))}
+        except EngineMissing:
+            self._engine.inspect(job.container)  # raises when it is the container that is missing
+            return {"status": "missing"}
+        except EngineAbsent:
+            raise
+        except (EngineError, ArtifactError) as error:
+            return {"status": "error", "message": str(error)}
+
+    def _record(self, job: Job, ending: dict[str, Any]) -> None:
+        """Put the end on disk, however long that takes, and only then tell it."""
+        job.enter(job.run.phase)
+        frames = job.log.frames()
+        truncated = job.log.truncated or job.recovered
+        run = dataclasses.replace(job.run, finished=time.time(), logs_truncated=truncated, **ending)
+        while True:
+            try:
+                self._store.finish(run, frames)
+                break
+            except Unavailable as error:
+                log.error("run %s has ended, but: %s", run.id, error)
+                time.sleep(RETRY_SECONDS)
+        with self._lock:
+            del self._jobs[run.id]
+        job.run = run
+        job.done.set()
+        job.close()
+        log.info("run %s %s (%s)", run.id, run.status, run.reason)
+        if run.callback:
+            state = job.state()
+            del state["callback"]
+            self._callbacks.send(run, job.request, to_json(state))
+
+    # -- the engine's absence
+
+    def _answers(self) -> bool:
+        try:
+            self._engine.version()
+        except EngineError:
+            return False
+        return True
+
+    def _housekeeping(self) -> None:
+        """Whenever something is untidy: wait for the engine, then remove the containers that no run in progress has."""
+        while self._untidy.wait():
+            self._untidy.clear()
+            try:
+                self._engine_up = self._answers()
+                for container, run_id in self._engine.containers():
+                    if self.job(run_id) is None:
+                        self._engine.remove(container)
+            except EngineError as error:
+                log.warning("%s; trying again", error)
+                self._untidy.set()
+                time.sleep(RETRY_SECONDS)
+
+    def stop(self, seconds: float) -> None:
+        """Take no more runs, give those with a waiting client some seconds, then kill them. The others go on without us."""
+        with self._lock:
+            self._stopping = True
+            waited = [job for job in self._jobs.values() if job.run.waited]
+        deadline = time.monotonic() + seconds
+        for job in waited:
+            job.done.wait(max(0.0, deadline - time.monotonic()))
+        left = [job for job in waited if not job.done.is_set()]
+        for job in left:
+            with contextlib.suppress(LightrunError):
+                self.ask(job.run.id, Ask("interrupted"))
+        for job in left:
+            job.done.wait(seconds)
+
+
+def _feed(sock: Any, data: bytes) -> None:
+    """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
+    with contextlib.closing(sock), contextlib.suppress(OSError):
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# HTTP API: parse, call, shape the answer
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Answer:
+    """What goes back to a client: bytes, a file (which holds no thread while it is sent), or pieces as they come."""
+
+    status: int = 200
+    body: bytes | IO[bytes] | Generator[bytes, None, None] = b""
+    headers: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
+    """An answer of JSON; bytes are taken as JSON already."""
+    body = value if isinstance(value, bytes) else to_json(value)
+    return Answer(status, body, {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **headers})
+
+
+class Call:
+    """One request to a route."""
+
+    def __init__(self, environ: dict[str, Any], query: dict[str, Any]) -> None:
+        self._environ, self.query = environ, query
+
+    def header(self, name: str) -> str:
+        """A header's text, "" when absent."""
+        return str(self._environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
+
+    def gone(self) -> bool:
+        """Whether the client has closed its side of the connection."""
+        return bool(self._environ["waitress.client_disconnected"]())
+
+    def json_body(self) -> bytes:
+        """The raw body, which must call itself JSON. Raises UnsupportedMediaType."""
+        kind = self._environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise UnsupportedMediaType("the body must be application/json")
+        return bytes(self._environ["wsgi.input"].read())
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """A row of the table of routes. `query` holds JSON Schema properties."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    query: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+STATUSES = ["running", "succeeded", "failed", "cancelled"]
+ROUTES = (
+    Route("GET", "/health", "health", "Whether lightrun and its engine are well"),
+    Route("POST", "/run", "run", "Run a container"),
+    Route(
+        "GET", "/runs", "runs", "List runs, newest first",
+        {
+            "status": {"type": "string", "enum": STATUSES},
+            "limit": {"type": "integer", "minimum": 1, "maximum": 1000},
+            "before": {"type": "string", "minLength": 1, "maxLength": 100},
+        },
+    ),
+    Route("GET", "/runs/<run_id>", "state", "The state of a run"),
+    Route("DELETE", "/runs/<run_id>", "delete", "Delete a finished run and its artifacts"),
+    Route("POST", "/runs/<run_id>/cancel", "cancel", "Kill a run"),
+    Route("GET", "/runs/<run_id>/artifacts", "artifacts", "List a run's artifacts, or get them as one tar"),
+    Route("GET", "/runs/<run_id>/artifacts/<path:path>", "artifact", "Download a file, or list a folder"),
+)  # fmt: skip
+
+
+def parse_query(text: str, properties: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values of a URL's query by a route's table. Raises BadRequest."""
+    try:
+        if len(text) > MAX_QUERY_BYTES:
+            raise ValueError(f"has more than {MAX_QUERY_BYTES} bytes")
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError as error:
+        raise BadRequest(details=[{"path": ["query"], "message": str(error)}]) from error
+    values: dict[str, Any] = {}
+    counts = collections.Counter(name for name, _ in pairs)
+    problems = [{"path": ["query", name], "message": "stands twice"} for name, count in counts.items() if count > 1]
+    for name, value in pairs:
+        numeric = properties.get(name, {}).get("type") == "integer" and re.fullmatch(r"-?\d{1,15}", value, re.ASCII)
+        flag = properties.get(name, {}).get("type") == "boolean" and value in {"true", "false"}
+        values[name] = int(value) if numeric else value == "true" if flag else value
+    schema = Schema({"type": "object", "properties": properties, "additionalProperties": False})
+    problems += [{**problem, "path": ["query", *problem["path"]]} for problem in schema.problems(values)]
+    if problems:
+        raise BadRequest(details=problems)
+    return values
+
+
+def byte_range(header: str, size: int) -> tuple[int, int] | None:
+    """First byte and length of a Range header with one range, None for one to be ignored (RFC 9110, 14.2). Raises
+    ValueError for one that no byte of the file is in."""
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.strip(), re.ASCII)
+    if not match or match[1] == match[2] == "" or (match[1] and match[2] and int(match[2]) < int(match[1])):
+        return None
+    first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+    last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+    if first > last:
+        raise ValueError("no such byte")
+    return first, last - first + 1
+
+
+def _has_etag(header: str, etag: str) -> bool:
+    return header.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in header.split(",")]
+
+
+def _is_before(header: str, modified: int) -> bool | None:
+    """Whether a header's date lies before a file's time; None when it is no date."""
+    try:
+        return email.utils.parsedate_to_datetime(header).timestamp() < modified
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def file_answer(call: Call, file: IO[bytes], name: str) -> Answer:
+    """A file with RFC 9110's conditional requests and one range. Takes the file over."""
+    about = os.fstat(file.fileno())
+    modified, etag = int(about.st_mtime), f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+    headers = {"ETag": etag, "Last-Modified": email.utils.formatdate(modified, usegmt=True)}
+    if call.header("If-Match"):
+        failed = not _has_etag(call.header("If-Match"), etag)
+    else:
+        failed = _is_before(call.header("If-Unmodified-Since"), modified) is True
+    if failed:
+        file.close()
+        return json_answer({"error": "precondition_failed"}, 412, **headers)
+    if call.header("If-None-Match"):
+        fresh = _has_etag(call.header("If-None-Match"), etag)
+    else:
+        fresh = _is_before(call.header("If-Modified-Since"), modified) is False
+    if fresh:
+        file.close()
+        return Answer(304, headers=headers)
+    condition = call.header("If-Range")
+    wanted = call.header("Range") if condition in {"", etag, headers["Last-Modified"]} else ""
+    try:
+        part = byte_range(wanted, about.st_size)
+    except ValueError:
+        file.close()
+        return json_answer({"error": "range_not_satisfiable"}, 416, **headers, **{"Content-Range": f"bytes */{about.st_size}"})
+    headers |= {
+        "Content-Type": "application/octet-stream",
+        "Content-Length": str(part[1] if part else about.st_size),
+        "Content-Disposition": content_disposition(name),
+        "Accept-Ranges": "bytes",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if part:
+        file.seek(part[0])
+        headers["Content-Range"] = f"bytes {part[0]}-{part[0] + part[1] - 1}/{about.st_size}"
+    return Answer(206 if part else 200, file, headers)
+
+
+def content_disposition(name: str) -> str:
+    """`attachment` with a name of any characters: RFC 6266 with RFC 8187, and an ASCII one for old clients."""
+    plain = re.sub(r'[^ !#-\[\]-~]|%', "_", name)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+
+
+class Api:
+    """The routes, as a WSGI application on waitress; bottle's router finds them."""
+
+    def __init__(self, settings: Settings, store: Store, engine: Engine, runner: Runner, evictor: Evictor) -> None:
+        import bottle
+
+        self._settings, self._store, self._engine = settings, store, engine
+        self._runner, self._evictor = runner, evictor
+        self._root = settings.artifacts_root()
+        self._places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
+        self._http_error: type[Exception] = bottle.HTTPError
+        self._router = bottle.Bottle()
+        for route in ROUTES:
+            self._router.route(route.path, route.method, callback=route)
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """WSGI (PEP 3333)."""
+        began = time.monotonic()
+        try:
+            answer = self._answer(environ)
+        except LightrunError as error:
+            answer = json_answer(error.body(), error.status, **error.headers)
+        except Exception:
+            log.exception("%s %s", environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]))
+            answer = json_answer({"error": LightrunError.code}, 500)
+        method, path, took = environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]), time.monotonic() - began
+        log.info("%s %s %s %d %.0f ms", environ["REMOTE_ADDR"], method, path, answer.status, took * 1000)
+        if isinstance(answer.body, bytes) and answer.status not in {204, 304}:
+            answer.headers["Content-Length"] = str(len(answer.body))
+        write = start_response(f"{answer.status} {http.client.responses[answer.status]}", list(answer.headers.items()))
+        if environ["REQUEST_METHOD"] == "HEAD":
+            if not isinstance(answer.body, bytes):
+                answer.body.close()
+            return []
+        if isinstance(answer.body, bytes):
+            return [answer.body]
+        if hasattr(answer.body, "read"):
+            return environ["wsgi.file_wrapper"](answer.body, COPY_BYTES)  # type: ignore[no-any-return]
+        write(b"")  # the headers, which a follower of a silent run would otherwise wait for
+        return answer.body
+
+    def _answer(self, environ: dict[str, Any]) -> Answer:
+        try:
+            environ["PATH_INFO"] = environ["PATH_INFO"].encode("latin-1").decode()
+        except UnicodeError as error:
+            raise BadRequest("the path is not UTF-8") from error
+        try:
+            found, arguments = self._router.match(environ)
+        except self._http_error as error:
+            raise _routing_error(error) from error
+        route: Route = found.callback
+        call = Call(environ, parse_query(environ.get("QUERY_STRING", ""), route.query))
+        answer: Answer = getattr(self, route.handler)(call, **arguments)
+        return answer
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """One of the places of requests that wait. Raises Unavailable when all are taken."""
+        if not self._places.acquire(blocking=False):
+            raise Unavailable("busy", "all places for waiting requests are taken")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def health(self, call: Call) -> Answer:
+        """GET /health"""
+        running, queued = self._runner.counts()
+        about = {"version": __version__, "runs": {"running": running, "queued": queued}}
+        try:
+            engine = self._engine.version()
+        except EngineError:
+            return json_answer({"status": "unavailable", "docker": False, **about}, 503)
+        return json_answer({"status": "ok", "docker": True, **about, "engine": engine})
+
+    def run(self, call: Call) -> Answer:
+        """POST /run"""
+        request = RunRequest.parse(call.json_body(), self._settings)
+        if request.detached:
+            run_id = self._runner.submit(request).run.id
+            url = f"/runs/{run_id}"
+            return json_answer({"id": run_id, "status": "running", "url": url}, 202, Location=url)
+        with self._place():
+            job = self._runner.submit(request)
+            while not job.done.wait(DISCONNECT_POLL_SECONDS):
+                if call.gone():
+                    self._runner.ask(job.run.id, Ask("cancelled"))
+                    break
+            return json_answer(job.state())
+
+    def runs(self, call: Call) -> Answer:
+        """GET /runs"""
+        limit = call.query.get("limit", 100)
+        try:
+            heads = self._store.heads(call.query.get("status"), call.query.get("before"), limit + 1)
+        except NotFound as error:
+            raise BadRequest(details=[{"path": ["query", "before"], "message": "is not the id of a run"}]) from error
+        more = len(heads) > limit
+        states = [json.loads(head) for head in heads[:limit]]
+        for index, state in enumerate(states):
+            if state["status"] == "running" and (job := self._runner.job(state["id"])):
+                states[index] = job.run.head()
+        answer = json_answer(states)
+        if more:
+            query = urllib.parse.urlencode({**call.query, "before": states[-1]["id"]})
+            answer.headers["Link"] = f'</runs?{query}>; rel="next"'
+        return answer
+
+    def state(self, call: Call, run_id: str) -> Answer:
+        """GET /runs/<id>"""
+        if job := self._runner.job(run_id):
+            return json_answer(job.state())
+        head = json.loads(self._store.head(run_id))
+        tail, kept = self._store.details(run_id)
+        return json_answer(whole_state(head, tail, log_lines(kept)))
+
+    def delete(self, call: Call, run_id: str) -> Answer:
+        """DELETE /runs/<id>"""
+        self._evictor.remove(run_id)
+        return Answer(204)
+
+    def cancel(self, call: Call, run_id: str) -> Answer:
+        """POST /runs/<id>/cancel"""
+        self._runner.ask(run_id, Ask("cancelled"))
+        return Answer(204)
+
+    def artifacts(self, call: Call, run_id: str) -> Answer:
+        """GET /runs/<id>/artifacts"""
+        kept = self._artifacts(run_id)
+        if "application/x-tar" not in call.header("Accept"):
+            return json_answer(kept)
+        headers = {"Content-Type": "application/x-tar", "Content-Disposition": content_disposition(f"{run_id}.tar")}
+        return Answer(200, self._streamed(artifacts_tar(self._root / run_id, kept)), headers)
+
+    def artifact(self, call: Call, run_id: str, path: str) -> Answer:
+        """GET /runs/<id>/artifacts/<path>"""
+        if ".." in path.split("/"):
+            raise BadRequest("a path must not have .. segments")
+        kept = self._artifacts(run_id)
+        path = path.removesuffix("/")
+        file = open_artifact(self._root / run_id, path)
+        if file:
+            return file_answer(call, file, posixpath.basename(path))
+        return json_answer([entry for entry in kept if posixpath.dirname(entry["path"]) == path])
+
+    def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
+        self._store.head(run_id)
+        if self._runner.job(run_id):
+            return []
+        tail, _ = self._store.details(run_id)
+        return list(tail.get("artifacts", []))
+
+    def _streamed(self, pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
+        """Pieces for a client, from a thread that they hold: one of the places, taken before the headers are sent."""
+        place = contextlib.ExitStack()
+        place.enter_context(self._place())
+
+        def stream() -> Generator[bytes, None, None]:
+            with place:
+                yield from pieces
+
+        return stream()
+
+
+def _routing_error(error: Any) -> LightrunError:
+    if error.status_code != 405:
+        return NotFound("there is no such route")
+    refused = LightrunError("the route does not take this method", "method_not_allowed")
+    refused.status = 405
+    refused.headers["Allow"] = error.headers["Allow"]
+    return refused
+
+
+def printable(text: str) -> str:
+    """A client's text for the log, where no character may look like another line."""
+    return "".join(character if character.isprintable() else "?" for character in text[:1024])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Serving: sockets, the gate, signals, logs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Gate:
+    """What is judged as soon as a request's headers are complete."""
+
+    def __init__(self, tokens: Iterable[str], check_host: bool) -> None:
+        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        self._check_host = check_host
+
+    def judge(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
+        """Status, body and headers of a refusal. `headers` as WSGI names them, their bytes as latin-1."""
+        if self._digests and path != "/health" and not self._knows(headers.get("AUTHORIZATION", "")):
+            message = "needs Authorization: Bearer <token>"
+            return 401, {"error": "unauthorized", "message": message}, {"WWW-Authenticate": "Bearer"}
+        if self._check_host and not is_loopback_host(headers.get("HOST", "")):
+            return 403, {"error": "forbidden", "message": "Host must name this machine; set a token to serve others"}, {}
+        return None
+
+    def _knows(self, authorization: str) -> bool:
+        """Compares with every token, and digests of one length, so that time tells nothing of either."""
+        scheme, _, token = authorization.partition(" ")
+        digest = hashlib.sha256(token.strip().encode("latin-1", "replace")).digest()
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a Host header names this machine, with any port: no name that somebody else's DNS could point here."""
+    match = re.fullmatch(r"(\[::1\]|[a-z0-9.-]+)(:\d{1,5})?", host.strip().lower(), re.ASCII)
+    if not match:
+        return False
+    name = match[1]
+    if name in {"localhost", "[::1]"} or name.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.IPv4Address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _channel_class(gate: Gate) -> type:
+    """waitress's connection handling with this gate, and JSON for the errors that it answers by itself."""
+    import waitress.channel
+    import waitress.parser
+    import waitress.utilities
+
+    class JsonError(waitress.utilities.Error):
+        def __init__(self, status: int, body: dict[str, Any], headers: Mapping[str, str]) -> None:
+            self.code, self._json, self._headers = status, to_json(body), headers
+
+        def to_response(self, ident: str | None = None) -> Any:
+            headers = [("Content-Type", "application/json"), *self._headers.items()]
+            return f"{self.code} {http.client.responses[self.code]}", headers, self._json
+
+    class Parser(waitress.parser.HTTPRequestParser):
+        _error: JsonError | None = None
+        _judged = False
+        path = ""
+
+        @property  # type: ignore[override]  # a plain attribute there
+        def error(self) -> JsonError | None:
+            return self._error
+
+        @error.setter
+        def error(self, error: Any) -> None:
+            if error is not None and not isinstance(error, JsonError):
+                codes = {400: "bad_request", 413: "too_large", 431: "headers_too_large", 501: "not_implemented"}
+                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code)}, {})
+            self._error = error
+            self.expect_continue = False  # no "100 Continue" before a refusal
+
+        def received(self, data: bytes) -> int:
+            consumed: int = super().received(data)
+            if self.headers_finished and not self._judged and not self.empty:
+                self._judged = True
+                malformed = self.error and self.error.code != 413
+                if not malformed and (refusal := gate.judge(self.path, self.headers)):
+                    self.error, self.completed = JsonError(*refusal), True
+                if self.error:
+                    log.info("refused %s: %d", printable(self.path), self.error.code)
+            return consumed
+
+    class Channel(waitress.channel.HTTPChannel):
+        parser_class = Parser
+
+    return Channel
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket to serve on: systemd's, a Unix one, or TCP. Raises StartError."""
+    if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
+        if os.environ["LISTEN_FDS"] != "1":
+            raise StartError("systemd passes more than one socket")
+        return socket.socket(fileno=3)  # sd_listen_fds(3): SD_LISTEN_FDS_START
+    try:
+        if settings.socket:
+            return _listen_unix(settings.socket, settings.socket_mode)
+        family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        return sock
+    except OSError as error:
+        raise StartError(f"cannot listen on {settings.socket or f'{settings.host}:{settings.port}'}: {error.strerror}") from error
+
+
+def _listen_unix(path: Path, mode: int) -> socket.socket:
+    """A Unix socket that nobody can connect to before it has its mode. Only a dead one is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise StartError(f"{path} is there and is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise StartError(f"another server listens on {path}")
+    sock = socket.socket(socket.AF_UNIX)
+    previous = os.umask(0o777)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(previous)
+    path.chmod(mode)
+    return sock
+
+
+class Daemon:
+    """Everything, put together. Several fit in one process."""
+
+    def __init__(self, settings: Settings) -> None:
+        tokens = settings.tokens()
+        self._settings = settings
+        self._store = Store(settings.state_dir)
+        _claim_artifacts_dir(settings.artifacts_root(), self._store.id)
+        self._engine = Engine(settings, self._store.id)
+        try:
+            self._engine.check_limits()
+        except EngineError as error:
+            log.warning("%s; serving all the same", error)
+        evictor = Evictor(self._store, settings)
+        self._runner = Runner(settings, self._store, self._engine, evictor, Callbacks(self._store, settings.callback_allow))
+        self._socket = listen(settings)
+        loopback = self._socket.family == socket.AF_UNIX or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
+        if not tokens:
+            log.log(logging.INFO if loopback else logging.WARNING, "no --token: whoever can connect can run containers")
+        gate = Gate(tokens, check_host=not tokens and loopback and self._socket.family != socket.AF_UNIX)
+        self._server = self._make_server(Api(settings, self._store, self._engine, self._runner, evictor), gate)
+
+    def _make_server(self, api: Api, gate: Gate) -> Any:
+        import waitress.server
+
+        server: Any = waitress.server.create_server(
+            api,
+            sockets=[self._socket],
+            threads=self._settings.max_waiting + CONTROL_THREADS,
+            connection_limit=MAX_CONNECTIONS,
+            backlog=1024,
+            recv_bytes=64 * KIB,
+            max_request_body_size=self._settings.body_limit + 1,  # waitress refuses what is not below
+            max_request_header_size=MAX_HEADER_BYTES,
+            outbuf_overflow=16 * MIB,
+            ident=None,
+            asyncore_use_poll=True,  # select() fails on descriptors over 1023
+            channel_request_lookahead=1,  # so that a client that left is noticed
+        )
+        server.channel_class = _channel_class(gate)
+        return server
+
+    @property
+    def address(self) -> str:
+        """Where the daemon listens, as a URL."""
+        if self._socket.family == socket.AF_UNIX:
+            return f"unix://{self._socket.getsockname()}"
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def start(self) -> None:
+        """Serve from threads of its own."""
+        threading.Thread(target=self._server.run, name="server", daemon=True).start()
+        log.info("lightrun %s serves on %s", __version__, self.address)
+
+    def stop(self) -> None:
+        """Take no more runs, let clients that wait have their results, and let go of everything."""
+        self._runner.stop(DRAIN_SECONDS)
+        time.sleep(0.1)  # the last answers are on their way
+        if self._settings.socket:
+            with contextlib.suppress(OSError):
+                self._settings.socket.unlink()
+        self._socket.close()
+        self._store.close()
+
+
+def _claim_artifacts_dir(root: Path, state_id: str) -> None:
+    """Make the artifacts dir this state dir's own. Raises StartError for one that belongs to somebody else."""
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    marker = root / ".lightrun"
+    try:
+        owner = marker.read_text("utf-8").strip()
+    except FileNotFoundError:
+        if any(root.iterdir()):
+            raise StartError(f"{root} holds other files; an artifacts dir must be empty or lightrun's own") from None
+        marker.write_text(state_id, "utf-8")
+        return
+    if owner != state_id:
+        raise StartError(f"{root} belongs to another state dir")
+
+
+class TextFormatter(logging.Formatter):
+    """A line for a person. Tracebacks do without source text: the zip may have been replaced under the daemon."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802  # a name of logging
+        """See logging.Formatter."""
+        frames = [f"  {frame.f_code.co_filename}:{line} in {frame.f_code.co_name}" for frame, line in traceback.walk_tb(ei[2])]
+        return "\n".join(["Traceback (most recent call last):", *frames, f"{ei[0].__name__}: {ei[1]}"])
+
+
+class JsonFormatter(TextFormatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        line = {"time": timestamp(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return to_json(line).decode()
+
+
+def _set_up_logging(log_format: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(logging.INFO)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # its depth warning is our way of working
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as SPEC 4 has it."""
+        self.exit(2, f"lightrun: {message}\n")
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of an option's field: `body_limit` → `LIGHT_RUN_BODY_LIMIT`."""
+    return "LIGHT_RUN_" + name.upper()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="lightrun", description="Run a container over HTTP.")
+    parser.add_argument("--version", action="version", version=f"lightrun {__version__}")
+    serve = parser.add_subparsers(dest="command", required=True, metavar="serve").add_parser(
+        "serve", help="serve the HTTP API", allow_abbrev=False,
+        description="Serve the HTTP API. Each option can also be given as a variable LIGHT_RUN_…, as in "
+        "LIGHT_RUN_BODY_LIMIT; repeatable ones take commas there. The option wins.",
+    )  # fmt: skip
+    for field in dataclasses.fields(Settings):
+        many = isinstance(field.default, tuple)
+        shown = field.metadata["shown"] or ("none" if field.default is None else field.default)
+        serve.add_argument(
+            "--" + field.name.replace("_", "-"), action="append" if many else "store", metavar=field.name.upper(),
+            help=f"{field.metadata['help']} (default: {shown})",
+        )  # fmt: skip
+    return parser
+
+
+def read_settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
+    """Settings from parsed options and variables. Raises UsageError."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Settings):
+        source, text = "--" + field.name.replace("_", "-"), options.get(field.name)
+        many = isinstance(field.default, tuple)
+        if text is None and (text := environment.get(variable_of(field.name))) is not None:
+            source = variable_of(field.name)
+            text = [part.strip() for part in text.split(",")] if many else text
+        if text is None:
+            continue
+        try:
+            cast = field.metadata["cast"]
+            values[field.name] = tuple(map(cast, text)) if many else cast(text)
+        except ValueError as error:
+            raise UsageError(f"{source}: {error}") from error
+    values.setdefault("state_dir", Path("~/.light-run").expanduser())
+    return Settings(**values)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
+    _set_up_logging(settings.log_format)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    daemon = Daemon(settings)
+    told = threading.Event()
+
+    def tell(_number: int, _frame: Any) -> None:
+        if told.is_set():
+            os._exit(1)
+        told.set()
+
+    daemon.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, tell)
+    told.wait()
+    log.info("going down")
+    daemon.stop()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command `lightrun`; its exit code."""
+    options = vars(_parser().parse_args(argv))
+    try:
+        return serve(read_settings(options, os.environ))
+    except UsageError as error:
+        print(f"lightrun: {error}", file=sys.stderr)
+        return 2
+    except (StartError, OSError) as error:
+        print(f"lightrun: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
