@@ -59,6 +59,7 @@ import stat
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import traceback
@@ -90,9 +91,11 @@ MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute 
 COPY_BYTES = MIB  # one piece of a file on its way to or from the disk
 
 READ_BYTES = 256 * KIB  # one read of the attach stream
+LINE_BYTES = 16 * KIB  # longer lines come in pieces, in a live run
+MAX_SPOOL_BYTES = GIB  # how far the slowest follower of a log may fall behind before all of them are cut off
+PING_SECONDS = 15  # of silence in a live run
 ENGINE_SECONDS = 60  # one engine call; an engine that is slower counts as absent
 HEALTH_SECONDS = 2  # the same for /health
-STDIN_STALL_SECONDS = 3600  # a program may leave its stdin unread for its whole life
 WAIT_SLICE_SECONDS = 1  # how long a waiting engine call may hide a cancel
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
@@ -681,7 +684,7 @@ class RunRequest:
     @classmethod
     def parse(cls, raw: bytes, settings: Settings) -> RunRequest:
         """Check the body of `POST /run`. Raises BadRequest with every problem, NotAllowed for what a list refuses."""
-        body = _checked(raw, Schema(request_schema(settings), _formats(settings)))
+        body = _checked(raw, Schema(request_schema(settings), _formats(settings)), _together)
         entrypoint, memory = body.get("entrypoint"), body.get("memory", settings.memory)
         if isinstance(entrypoint, str):
             entrypoint = ["sh", "-c", shell_script(body.get("setup", []), entrypoint)]
@@ -720,14 +723,17 @@ class RunRequest:
                 raise NotAllowed(f"callback host {host} is not one that --callback-allow names")
 
 
-def _checked(raw: bytes, schema: Schema) -> dict[str, Any]:
+Rules = Callable[[dict[str, Any], set[Any]], Iterable[dict[str, Any]]]
+
+
+def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: ()) -> dict[str, Any]:
     try:
         body = parse_json(raw)
     except ValueError as error:
         raise BadRequest(details=[{"path": [], "message": f"the body is not JSON: {error}"}]) from error
     problems = [*_bad_strings(body, []), *schema.problems(body)]
     if isinstance(body, dict):
-        problems += _together(body, {problem["path"][0] for problem in problems if problem["path"]})
+        problems += rules(body, {problem["path"][0] for problem in problems if problem["path"]})
     if problems:
         raise BadRequest(details=problems[:MAX_PROBLEMS])
     return body  # type: ignore[no-any-return]  # the schema says it is an object
@@ -860,6 +866,8 @@ CREATE TABLE runs (
     size INTEGER NOT NULL DEFAULT 0,        -- bytes of artifacts, logs and record, counted when the run ended
     owed INTEGER NOT NULL DEFAULT 0,        -- a callback is still to be delivered
     begun INTEGER NOT NULL DEFAULT 0,       -- its container may have been started
+    key TEXT UNIQUE,                        -- Idempotency-Key
+    digest TEXT NOT NULL DEFAULT '',        -- SHA-256 of the body, when there is a key
     head TEXT NOT NULL                      -- JSON of Run.head()
 );
 CREATE INDEX runs_by_status ON runs (status, seq);
@@ -934,11 +942,16 @@ class Store:
             raise NotFound("there is no such run")
         return rows[0]
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Run, key: str | None, digest: str) -> None:
         """Record an accepted run; on disk when this returns, if anybody is promised that it will end."""
         with self._transaction(durable=not run.waited) as execute:
-            owed = run.callback is not None
-            execute("INSERT INTO runs (id, status, owed, head) VALUES (?, 'running', ?, ?)", run.id, owed, to_json(run.head()))
+            values = run.id, run.callback is not None, key, digest, to_json(run.head()).decode()
+            execute("INSERT INTO runs (id, status, owed, key, digest, head) VALUES (?, 'running', ?, ?, ?, ?)", *values)
+
+    def find_key(self, key: str) -> tuple[str, str] | None:
+        """Id and digest of the run with this idempotency key."""
+        rows = self._all("SELECT id, digest FROM runs WHERE key = ?", key)
+        return rows[0] if rows else None
 
     def begin(self, run_id: str) -> None:
         """Record that the run's container is about to be started."""
@@ -1038,6 +1051,18 @@ def raw_log(data: bytes, stream: str | None = None) -> bytes:
     return b"".join(payload for number, payload in frames(data) if stream in {None, STREAMS[number]})
 
 
+def last_lines(data: bytes, count: int | None) -> bytes:
+    """The last lines of a text, all of it for None."""
+    if count is None:
+        return data
+    start = len(data)
+    for _ in range(count):
+        if start <= 0:
+            break
+        start = data.rfind(b"\n", 0, start - 1) + 1
+    return data[start:]
+
+
 def log_lines(data: bytes) -> list[str]:
     """The lines of a log, each assembled from its own stream, in the order in which they were complete."""
     lines: list[bytes] = []
@@ -1052,32 +1077,85 @@ def log_lines(data: bytes) -> list[str]:
     return [line.decode(errors="replace") for line in lines]
 
 
+def whole_frames(data: bytes | bytearray) -> int:
+    """How many of these bytes, of a text of frames cut anywhere, are whole frames."""
+    end = 0
+    while len(data) - end >= FRAME.size:
+        after = end + FRAME.size + FRAME.unpack_from(data, end)[1]
+        if after > len(data):
+            break
+        end = after
+    return end
+
+
+class LineEvents:
+    """Turns frames into the log events of a live run: lines by stream, long ones in pieces."""
+
+    def __init__(self) -> None:
+        self._rest = {1: b"", 2: b""}
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The events of some whole frames."""
+        for stream, payload in frames(data):
+            *lines, rest = (self._rest[stream] + payload).split(b"\n")
+            for line in lines:
+                *pieces, last = _pieces(line)
+                yield from (self._event(stream, piece, partial=True) for piece in pieces)
+                yield self._event(stream, last)
+            *pieces, self._rest[stream] = _pieces(rest)
+            yield from (self._event(stream, piece, partial=True) for piece in pieces)
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """The events of lines without an end."""
+        return (self._event(stream, rest) for stream, rest in self._rest.items() if rest)
+
+    @staticmethod
+    def _event(stream: int, line: bytes, **more: bool) -> dict[str, Any]:
+        return {"event": "log", "stream": STREAMS[stream], "line": line.decode(errors="replace"), **more}
+
+
+def _pieces(line: bytes) -> list[bytes]:
+    """A line in pieces of at most LINE_BYTES, none of which ends within a character."""
+    pieces = []
+    while len(line) > LINE_BYTES:
+        cut = next((at for at in range(LINE_BYTES, LINE_BYTES - 4, -1) if line[at] & 0xC0 != 0x80), LINE_BYTES)
+        pieces.append(line[:cut])
+        line = line[cut:]
+    return [*pieces, line]
+
+
 class Log:
     """The newest `limit` payload bytes of a run, as one text of frames: 9 bytes for each kept one at the very worst, and
-    what is stored is what is kept. Written by one thread, read by any."""
+    what is stored is what is kept. Written by one thread, read by any. While somebody follows, what arrives also goes to
+    a temporary file, so that a follower may be slow without holding up the program or filling the memory."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.Lock()  # guards all below
+        self._changed = threading.Condition()  # guards all below
         self._data = bytearray()  # whole frames; neighbours of one stream are merged
         self._last = 0  # where the last frame begins
         self._payload = 0
-        self._partial = bytearray()  # of a frame still being received
+        self._partial = b""  # of a frame still being received
+        self._followers = 0
+        self._spool: IO[bytes] | None = None
+        self._spooled = 0
+        self._ended = False
         self.truncated = False
 
     def feed(self, data: bytes) -> None:
         """Take a piece of the attach stream, cut anywhere."""
-        pending = self._partial + data if self._partial else data
-        offset = 0
-        with self._lock:
-            while len(pending) - offset >= FRAME.size:
-                stream, length = FRAME.unpack_from(pending, offset)
-                start = offset + FRAME.size
-                if len(pending) - start < length:
-                    break
-                self._append(stream, memoryview(pending)[start : start + length])
-                offset = start + length
-        self._partial = bytearray(memoryview(pending)[offset:])
+        pending = self._partial + data
+        end = whole_frames(pending)
+        whole, self._partial = pending[:end], pending[end:]
+        if whole:
+            with self._changed:
+                offset = 0
+                while offset < end:
+                    stream, length = FRAME.unpack_from(whole, offset)
+                    offset += FRAME.size
+                    self._append(stream, memoryview(whole)[offset : offset + length])
+                    offset += length
+                self._to_followers(whole)
 
     def _append(self, stream: int, payload: memoryview) -> None:
         if self._data and self._data[self._last] == stream:
@@ -1109,11 +1187,74 @@ class Log:
         if dropped < length:
             FRAME.pack_into(self._data, 0, stream, length - dropped)
 
+    def _to_followers(self, whole: bytes) -> None:
+        if self._spool:
+            try:
+                if self._spooled + len(whole) > MAX_SPOOL_BYTES:
+                    raise OSError("too far behind")
+                self._spool.write(whole)
+                self._spooled += len(whole)
+            except OSError as error:  # its followers are cut off: better than a log with a hole
+                log.warning("followers of a log are cut off: %s", error)
+                self._spool.close()
+                self._spool = None
+        self._changed.notify_all()
+
+    def replace(self, pieces: Iterable[bytes]) -> None:
+        """Take the engine's copy for all that was kept; followers go on with what comes."""
+        copy = Log(self._limit)
+        for piece in pieces:
+            copy.feed(piece)
+        with self._changed:
+            self._data, self._last, self._payload = copy._data, copy._last, copy._payload
+            self._partial, self.truncated = b"", copy.truncated
+
     def frames(self) -> bytes:
         """What is kept."""
-        with self._lock:
+        with self._changed:
             self._trim()
             return bytes(self._data)
+
+    def nudge(self, ended: bool = False) -> None:
+        """Wake followers for news of another kind, or for the end of the log."""
+        with self._changed:
+            self._ended = self._ended or ended
+            self._changed.notify_all()
+
+    def follow(self) -> Generator[bytes, None, None]:
+        """What is kept, then all that comes, as whole frames; b"" now and then, and when nudged. Raises LogGap."""
+        with self._changed:
+            self._followers += 1
+            if self._spool is None:
+                self._spool, self._spooled = tempfile.TemporaryFile(buffering=0), 0  # noqa: SIM115  # closed below
+            kept, spool, offset, rest = self.frames(), self._spool, self._spooled, b""
+        try:
+            yield kept
+            while True:
+                with self._changed:
+                    if offset == self._spooled and not self._ended:
+                        self._changed.wait(DISCONNECT_POLL_SECONDS)
+                    if self._spool is not spool:
+                        raise LogGap
+                    data, ended = os.pread(spool.fileno(), READ_BYTES, offset), self._ended
+                if not data and ended:
+                    return
+                offset += len(data)
+                pending = rest + data
+                end = whole_frames(pending)
+                rest = pending[end:]
+                yield pending[:end]
+        finally:
+            with self._changed:
+                self._followers -= 1
+                if not self._followers and self._spool:
+                    self._spool.close()
+                    self._spool = None
+
+
+class LogGap(Exception):
+    """A follower fell too far behind."""
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Artifacts: the tar that goes in, the tar that comes back, what is kept on disk
@@ -1279,7 +1420,7 @@ def open_artifact(root: Path, path: str) -> IO[bytes] | None:
     raise NotFound("there is no such artifact")
 
 
-def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Generator[bytes, None, None]:
     """All artifacts of a run as one tar, in pieces. Raises NotFound when one has gone."""
     for entry in artifacts:
         file = open_artifact(root, entry["path"])
@@ -1747,6 +1888,7 @@ class Job:
         self.done = threading.Event()
         self.container = f"lightrun-{run.id}"
         self.output: Output | None = None
+        self.pull: Pull | None = None
         self.recovered = False  # the attach stream was lost; the log comes from the engine's copy
         self.taken: str | None = None  # the reason whose signal the engine took
         self._entered = time.monotonic()
@@ -1778,6 +1920,7 @@ class Job:
         now = time.monotonic()
         self.run.timings[PHASES[self.run.phase]] += round((now - self._entered) * 1000)
         self.run.phase, self._entered = phase, now
+        self.log.nudge()
 
     def state(self) -> dict[str, Any]:
         """The state as it is now."""
@@ -1801,12 +1944,13 @@ class Pull:
         self.done = threading.Event()
         self.waiting = 0
         self.error: str | None = None
+        self.progress: dict[str, Any] = {}  # the engine's latest word
 
     def run(self, events: Generator[dict[str, Any], None, None]) -> None:
         """Follow the engine's progress to the end."""
         try:
             with contextlib.closing(events):
-                for _event in events:
+                for self.progress in events:
                     if not self.waiting:
                         raise EngineError("nobody waits for the image any more")
         except EngineError as error:
@@ -1821,6 +1965,7 @@ class Runner:
     def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks) -> None:
         self._settings, self._store, self._engine = settings, store, engine
         self._evictor, self._callbacks = evictor, callbacks
+        self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards all below
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
         self._queue: collections.deque[Job] = collections.deque()
@@ -1834,8 +1979,21 @@ class Runner:
 
     # -- taking runs in, and looking at them
 
-    def submit(self, request: RunRequest) -> Job:
-        """Accept a run: recorded when this returns. Raises Unavailable."""
+    def submit(self, request: RunRequest, key: str | None = None, digest: str = "") -> str:
+        """Accept a run, whose id this returns: it is recorded then. With the idempotency key of another run, that one's
+        id, if the digest of the body is the same. Raises Unavailable, Conflict."""
+        if key is None:
+            return self._accept(request, None, digest)
+        with self._key_lock:
+            known = self._store.find_key(key)
+            if known is None:
+                return self._accept(request, key, digest)
+        run_id, known_digest = known
+        if known_digest != digest:
+            raise Conflict("the Idempotency-Key belongs to a run with another body")
+        return run_id
+
+    def _accept(self, request: RunRequest, key: str | None, digest: str) -> str:
         with self._lock:
             if self._stopping:
                 raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
@@ -1845,10 +2003,11 @@ class Runner:
                 raise Unavailable("busy", "all places for running and queued runs are taken")
             self._places += 1
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
-        run = Run(str(uuid.uuid4()), request.image, time.time(), waited=not request.detached, callback=callback)
+        waited = not request.detached and key is None
+        run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
         job = Job(run, request, self._settings.log_limit)
         try:
-            self._store.add(run)
+            self._store.add(run, key, digest)
         except BaseException:
             job.close()
             with self._lock:
@@ -1860,7 +2019,7 @@ class Runner:
             if self._workers < self._settings.max_concurrent:
                 self._workers += 1
                 self._spawn(self._work)
-        return job
+        return run.id
 
     @staticmethod
     def _spawn(target: Callable[..., None], *arguments: Any) -> None:
@@ -1889,6 +2048,12 @@ class Runner:
                 self._queue.remove(job)
         if queued:
             self._spawn(self._execute, job)
+
+    def abandon(self, job: Job) -> None:
+        """A client of this run has gone; unless others may still come for the result, so has the reason to run it."""
+        if job.run.waited:
+            with contextlib.suppress(Conflict, NotFound):
+                self.ask(job.run.id, Ask("cancelled"))
 
     # -- one run
 
@@ -1985,6 +2150,7 @@ class Runner:
             if pull is None or fresh:
                 pull = self._pulls[reference] = Pull()
             pull.waiting += 1
+        job.pull = pull
         if fresh:
             self._spawn(pull.run, self._engine.pull(reference, seconds))
         try:
@@ -2010,7 +2176,7 @@ class Runner:
                 raise RunEnds("lost", "the container vanished") from error
             except EngineAbsent as error:
                 log.warning("run %s: %s; waiting for it", job.run.id, error)
-                job.recovered = True
+                job.recovered, job.output = True, None
                 self._untidy.set()
                 while not self._answers():
                     time.sleep(RETRY_SECONDS)
@@ -2020,8 +2186,9 @@ class Runner:
         state = self._engine.inspect(job.container)
         if state.started is None:
             raise RunEnds("engine_error", "the engine went away before the container had started")
-        if job.recovered:
-            job.output = self._engine.attach(job.container) if state.running else None
+        if job.recovered and state.running:  # what followers see until the end; what is kept is read again then
+            job.log.replace(self._engine.logs(job.container))
+            job.output = self._engine.attach(job.container)
         job.run.started = state.started
         job.enter("running")
         kill_at = time.monotonic() + state.started + job.request.timeout - time.time()
@@ -2044,9 +2211,7 @@ class Runner:
     def _conclude(self, job: Job, state: ContainerState) -> dict[str, Any]:
         """What became of a container that has exited, and what it leaves."""
         if job.recovered:
-            job.log = Log(self._settings.log_limit)
-            for piece in self._engine.logs(job.container):
-                job.log.feed(piece)
+            job.log.replace(self._engine.logs(job.container))
         reason = job.taken or ("oom" if state.oom_killed and state.exit_code else "exited")
         ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed}
         ending["error"] = {
@@ -2107,6 +2272,7 @@ class Runner:
             del self._jobs[run.id]
         job.run = run
         job.done.set()
+        job.log.nudge(ended=True)
         job.close()
         log.info("run %s %s (%s)", run.id, run.status, run.reason)
         if run.callback:
@@ -2165,12 +2331,40 @@ def _feed(sock: Any, data: bytes) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Stream:
+    """Pieces for a client as they come, until it leaves; gives its place back when closed, begun or not."""
+
+    def __init__(self, call: Call, pieces: Generator[bytes, None, None], place: contextlib.ExitStack) -> None:
+        self._call, self._pieces, self._place = call, pieces, place
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> bytes:
+        import waitress.channel
+
+        try:
+            for piece in self._pieces:
+                if self._call.gone():
+                    break
+                if piece:
+                    return piece
+        except (LogGap, LightrunError, OSError) as error:  # too late for a status: the connection just ends
+            raise waitress.channel.ClientDisconnected from error
+        raise StopIteration
+
+    def close(self) -> None:
+        """See PEP 3333."""
+        with self._place:
+            self._pieces.close()
+
+
 @dataclasses.dataclass
 class Answer:
     """What goes back to a client: bytes, a file (which holds no thread while it is sent), or pieces as they come."""
 
     status: int = 200
-    body: bytes | IO[bytes] | Generator[bytes, None, None] = b""
+    body: bytes | IO[bytes] | Stream = b""
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -2202,6 +2396,13 @@ class Call:
         return bytes(self._environ["wsgi.input"].read())
 
 
+    def optional_json(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """The body by its schema; {} for none. Raises BadRequest, UnsupportedMediaType."""
+        if self._environ.get("CONTENT_LENGTH") in {None, "", "0"}:
+            return {}
+        return _checked(self.json_body(), Schema(schema))
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """A row of the table of routes. `query` holds JSON Schema properties."""
@@ -2213,6 +2414,12 @@ class Route:
     query: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
+STOP_SCHEMA = {
+    "type": "object", "additionalProperties": False, "properties": {
+        "signal": {"type": "string", "enum": sorted(known.name for known in signal.Signals), "default": "SIGTERM"},
+        "grace": {"type": "integer", "minimum": 0, "maximum": 300_000, "default": 10_000},
+    },
+}  # fmt: skip
 STATUSES = ["running", "succeeded", "failed", "cancelled"]
 ROUTES = (
     Route("GET", "/health", "health", "Whether lightrun and its engine are well"),
@@ -2225,9 +2432,18 @@ ROUTES = (
             "before": {"type": "string", "minLength": 1, "maxLength": 100},
         },
     ),
-    Route("GET", "/runs/<run_id>", "state", "The state of a run"),
+    Route("GET", "/runs/<run_id>", "state", "The state of a run", {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}),
     Route("DELETE", "/runs/<run_id>", "delete", "Delete a finished run and its artifacts"),
+    Route(
+        "GET", "/runs/<run_id>/logs", "logs", "The raw bytes of a run's output",
+        {
+            "stream": {"type": "string", "enum": list(STREAMS.values())},
+            "tail": {"type": "integer", "minimum": 0, "maximum": 1_000_000_000},
+            "follow": {"type": "boolean"},
+        },
+    ),
     Route("POST", "/runs/<run_id>/cancel", "cancel", "Kill a run"),
+    Route("POST", "/runs/<run_id>/stop", "stop", "Signal a run, and kill it when it does not end in time"),
     Route("GET", "/runs/<run_id>/artifacts", "artifacts", "List a run's artifacts, or get them as one tar"),
     Route("GET", "/runs/<run_id>/artifacts/<path:path>", "artifact", "Download a file, or list a folder"),
 )  # fmt: skip
@@ -2363,7 +2579,11 @@ class Api:
             return [answer.body]
         if hasattr(answer.body, "read"):
             return environ["wsgi.file_wrapper"](answer.body, COPY_BYTES)  # type: ignore[no-any-return]
-        write(b"")  # the headers, which a follower of a silent run would otherwise wait for
+        try:
+            write(b"")  # the headers, which a follower of a silent run would otherwise wait for
+        except BaseException:
+            answer.body.close()
+            raise
         return answer.body
 
     def _answer(self, environ: dict[str, Any]) -> Answer:
@@ -2402,18 +2622,60 @@ class Api:
 
     def run(self, call: Call) -> Answer:
         """POST /run"""
-        request = RunRequest.parse(call.json_body(), self._settings)
+        raw = call.json_body()
+        request = RunRequest.parse(raw, self._settings)
+        key = call.header("Idempotency-Key") or None
+        if key and not (len(key) <= 200 and key.isascii() and key.isprintable()):
+            raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
+        digest = hashlib.sha256(raw).hexdigest() if key else ""
         if request.detached:
-            run_id = self._runner.submit(request).run.id
-            url = f"/runs/{run_id}"
-            return json_answer({"id": run_id, "status": "running", "url": url}, 202, Location=url)
-        with self._place():
-            job = self._runner.submit(request)
-            while not job.done.wait(DISCONNECT_POLL_SECONDS):
-                if call.gone():
-                    self._runner.ask(job.run.id, Ask("cancelled"))
-                    break
-            return json_answer(job.state())
+            run_id = self._runner.submit(request, key, digest)
+            state = {"id": run_id, "status": self._head(run_id)["status"], "url": f"/runs/{run_id}"}
+            return json_answer(state, 202, Location=state["url"])
+        with contextlib.ExitStack() as place:
+            place.enter_context(self._place())
+            run_id = self._runner.submit(request, key, digest)
+            job = self._runner.job(run_id)
+            if "application/x-ndjson" in call.header("Accept"):
+                if job:
+                    place.callback(self._runner.abandon, job)
+                return self._streamed(call, self._live(run_id, job), "application/x-ndjson", place.pop_all())
+            self._wait(call, job, math.inf)
+            return json_answer(job.state() if job else self._state(run_id))
+
+    def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
+        """Until the run has ended, the time is up or the client has gone; a run that only this client waited for then
+        has nobody left."""
+        deadline = time.monotonic() + seconds
+        while job and (left := deadline - time.monotonic()) > 0 and not job.done.wait(min(left, DISCONNECT_POLL_SECONDS)):
+            if call.gone():
+                self._runner.abandon(job)
+                return
+
+    def _live(self, run_id: str, job: Job | None) -> Generator[bytes, None, None]:
+        """A run as it happens, a line for each event."""
+        told = time.monotonic()
+        for event in self._events(run_id, job):
+            silent = time.monotonic() - told > PING_SECONDS
+            if event or silent:
+                told = time.monotonic()
+            yield to_json(event or {"event": "ping"}) + b"\n" if event or silent else b""
+
+    def _events(self, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
+        """The events of a run, with an empty one now and then."""
+        yield {"event": "accepted", "id": run_id}
+        lines, progress, started = LineEvents(), None, False
+        for kept in job.log.follow() if job else [self._kept(run_id)]:
+            if job and job.pull and job.pull.progress is not progress:
+                progress = job.pull.progress
+                yield {"event": "pulling", **progress}
+            if not started and (job is None or job.run.started):
+                started = True
+                yield {"event": "started"}
+            yield from lines.feed(kept)
+            yield {}
+        yield from lines.end()
+        yield {"event": "finished", "run": job.state() if job else self._state(run_id)}
 
     def runs(self, call: Call) -> Answer:
         """GET /runs"""
@@ -2435,11 +2697,43 @@ class Api:
 
     def state(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>"""
+        job = self._runner.job(run_id)
+        if job and call.query.get("wait"):
+            with self._place():
+                self._wait(call, job, call.query["wait"] / 1000)
+        return json_answer(job.state() if job else self._state(run_id))
+
+    def _state(self, run_id: str) -> dict[str, Any]:
         if job := self._runner.job(run_id):
-            return json_answer(job.state())
-        head = json.loads(self._store.head(run_id))
+            return job.state()
         tail, kept = self._store.details(run_id)
-        return json_answer(whole_state(head, tail, log_lines(kept)))
+        return whole_state(self._head(run_id), tail, log_lines(kept))
+
+    def _head(self, run_id: str) -> dict[str, Any]:
+        job = self._runner.job(run_id)
+        head: dict[str, Any] = job.run.head() if job else json.loads(self._store.head(run_id))
+        return head
+
+    def _kept(self, run_id: str) -> bytes:
+        """The frames kept of a run's log."""
+        self._store.head(run_id)
+        job = self._runner.job(run_id)
+        return job.log.frames() if job else self._store.details(run_id)[1]
+
+    def logs(self, call: Call, run_id: str) -> Answer:
+        """GET /runs/<id>/logs"""
+        stream, tail, kind = call.query.get("stream"), call.query.get("tail"), "application/octet-stream"
+        job = self._runner.job(run_id)
+        if not job or not call.query.get("follow"):
+            kept = last_lines(raw_log(self._kept(run_id), stream), tail)
+            return Answer(200, kept, {"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
+
+        def pieces(followed: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+            with contextlib.closing(followed):
+                yield last_lines(raw_log(next(followed), stream), tail)
+                yield from (raw_log(piece, stream) for piece in followed)
+
+        return self._streamed(call, pieces(job.log.follow()), kind)
 
     def delete(self, call: Call, run_id: str) -> Answer:
         """DELETE /runs/<id>"""
@@ -2451,13 +2745,20 @@ class Api:
         self._runner.ask(run_id, Ask("cancelled"))
         return Answer(204)
 
+    def stop(self, call: Call, run_id: str) -> Answer:
+        """POST /runs/<id>/stop"""
+        wanted = call.optional_json(STOP_SCHEMA)
+        self._runner.ask(run_id, Ask("stopped", wanted.get("signal", "SIGTERM"), wanted.get("grace", 10_000) / 1000))
+        return Answer(204)
+
     def artifacts(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/artifacts"""
         kept = self._artifacts(run_id)
         if "application/x-tar" not in call.header("Accept"):
             return json_answer(kept)
-        headers = {"Content-Type": "application/x-tar", "Content-Disposition": content_disposition(f"{run_id}.tar")}
-        return Answer(200, self._streamed(artifacts_tar(self._root / run_id, kept)), headers)
+        answer = self._streamed(call, artifacts_tar(self._root / run_id, kept), "application/x-tar")
+        answer.headers["Content-Disposition"] = content_disposition(f"{run_id}.tar")
+        return answer
 
     def artifact(self, call: Call, run_id: str, path: str) -> Answer:
         """GET /runs/<id>/artifacts/<path>"""
@@ -2477,16 +2778,14 @@ class Api:
         tail, _ = self._store.details(run_id)
         return list(tail.get("artifacts", []))
 
-    def _streamed(self, pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
+    def _streamed(
+        self, call: Call, pieces: Generator[bytes, None, None], kind: str, place: contextlib.ExitStack | None = None
+    ) -> Answer:
         """Pieces for a client, from a thread that they hold: one of the places, taken before the headers are sent."""
-        place = contextlib.ExitStack()
-        place.enter_context(self._place())
-
-        def stream() -> Generator[bytes, None, None]:
-            with place:
-                yield from pieces
-
-        return stream()
+        if place is None:
+            place = contextlib.ExitStack()
+            place.enter_context(self._place())
+        return Answer(200, Stream(call, pieces, place), {"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
 
 
 def _routing_error(error: Any) -> LightrunError:
