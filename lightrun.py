@@ -761,6 +761,9 @@ def is_link_local(host: str) -> bool:
 # Run: the record of a run
 # --------------------------------------------------------------------------------------------------------------------
 
+REASONS = [
+    "exited", "stopped", "timeout", "oom", "cancelled", "interrupted", "pull_failed", "start_failed", "lost", "engine_error",
+]  # fmt: skip
 PHASES = {"queued": "queue", "pulling": "pull", "starting": "start", "running": "run", "extracting": "extract"}
 
 
@@ -2403,49 +2406,68 @@ class Call:
         return _checked(self.json_body(), Schema(schema))
 
 
+STOP_SCHEMA = {
+    "type": "object", "additionalProperties": False, "properties": {
+        "signal": {"type": "string", "enum": sorted(known.name for known in signal.Signals), "default": "SIGTERM"},
+        "grace": {"type": "integer", "minimum": 0, "maximum": 300_000, "default": 10_000, "description": "ms until SIGKILL"},
+    },
+}  # fmt: skip
+STATUSES = ["running", "succeeded", "failed", "cancelled"]
+LOG_QUERY: dict[str, dict[str, Any]] = {
+    "stream": {"type": "string", "enum": list(STREAMS.values())},
+    "tail": {"type": "integer", "minimum": 0, "maximum": 1_000_000_000},
+    "follow": {"type": "boolean"},
+}
+LIST_QUERY: dict[str, dict[str, Any]] = {
+    "status": {"type": "string", "enum": STATUSES},
+    "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
+    "before": {"type": "string", "minLength": 1, "maxLength": 100},
+}
+WAIT_QUERY = {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}
+JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
-    """A row of the table of routes. `query` holds JSON Schema properties."""
+    """A row of the table of routes: what is served, and what OpenAPI says of it. `query` holds JSON Schema properties,
+    `answers` what each status brings: media types and the names of their schemas."""
 
     method: str
     path: str
     handler: str
     summary: str
+    answers: dict[int, dict[str, str]]
     query: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    body: str = ""  # name of its schema
 
 
-STOP_SCHEMA = {
-    "type": "object", "additionalProperties": False, "properties": {
-        "signal": {"type": "string", "enum": sorted(known.name for known in signal.Signals), "default": "SIGTERM"},
-        "grace": {"type": "integer", "minimum": 0, "maximum": 300_000, "default": 10_000},
-    },
-}  # fmt: skip
-STATUSES = ["running", "succeeded", "failed", "cancelled"]
+RUNS, ARTIFACTS = "/runs/<run_id>", "/runs/<run_id>/artifacts"
 ROUTES = (
-    Route("GET", "/health", "health", "Whether lightrun and its engine are well"),
-    Route("POST", "/run", "run", "Run a container"),
+    Route("GET", "/health", "health", "Whether lightrun and its engine are well", {200: {JSON: "Health"}, 503: {JSON: "Health"}}),
     Route(
-        "GET", "/runs", "runs", "List runs, newest first",
-        {
-            "status": {"type": "string", "enum": STATUSES},
-            "limit": {"type": "integer", "minimum": 1, "maximum": 1000},
-            "before": {"type": "string", "minLength": 1, "maxLength": 100},
-        },
+        "POST", "/run", "run", "Run a container",
+        {200: {JSON: "Run", EVENTS: "Event"}, 202: {JSON: "Accepted"}, 409: {}, 415: {}, 503: {}}, body="RunRequest",
     ),
-    Route("GET", "/runs/<run_id>", "state", "The state of a run", {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}),
-    Route("DELETE", "/runs/<run_id>", "delete", "Delete a finished run and its artifacts"),
+    Route("GET", "/runs", "runs", "List runs, newest first", {200: {JSON: "Runs"}}, LIST_QUERY),
+    Route("GET", RUNS, "state", "The state of a run", {200: {JSON: "Run"}, 404: {}, 503: {}}, WAIT_QUERY),
+    Route("DELETE", RUNS, "delete", "Delete a finished run and its artifacts", {204: {}, 404: {}, 409: {}, 503: {}}),
     Route(
-        "GET", "/runs/<run_id>/logs", "logs", "The raw bytes of a run's output",
-        {
-            "stream": {"type": "string", "enum": list(STREAMS.values())},
-            "tail": {"type": "integer", "minimum": 0, "maximum": 1_000_000_000},
-            "follow": {"type": "boolean"},
-        },
+        "GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}, 404: {}, 503: {}}, LOG_QUERY
     ),
-    Route("POST", "/runs/<run_id>/cancel", "cancel", "Kill a run"),
-    Route("POST", "/runs/<run_id>/stop", "stop", "Signal a run, and kill it when it does not end in time"),
-    Route("GET", "/runs/<run_id>/artifacts", "artifacts", "List a run's artifacts, or get them as one tar"),
-    Route("GET", "/runs/<run_id>/artifacts/<path:path>", "artifact", "Download a file, or list a folder"),
+    Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 404: {}, 409: {}, 503: {}}),
+    Route(
+        "POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it when it does not end in time",
+        {204: {}, 404: {}, 409: {}, 415: {}, 503: {}}, body="Stop",
+    ),
+    Route(
+        "GET", ARTIFACTS, "artifacts", "List a run's artifacts, or get them as one tar",
+        {200: {JSON: "Artifacts", TAR: "Bytes"}, 404: {}, 503: {}},
+    ),
+    Route(
+        "GET", f"{ARTIFACTS}/<path:path>", "artifact", "Download a file, or list a folder",
+        {200: {BYTES: "Bytes", JSON: "Artifacts"}, 206: {BYTES: "Bytes"}, 304: {}, 404: {}, 412: {}, 416: {}},
+    ),
+    Route("GET", "/openapi.json", "openapi", "This description", {200: {JSON: "Any"}}),
 )  # fmt: skip
 
 
@@ -2541,6 +2563,76 @@ def content_disposition(name: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
 
 
+def _object(required: str, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+def openapi(settings: Settings) -> dict[str, Any]:
+    """OpenAPI 3.1 of all routes, from the table that serves them and the one that validates requests."""
+    text, count, moment = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
+    reference = "#/components/schemas/"
+    artifact = _object("path bytes type", path=text, bytes=count, type={"enum": ["file", "directory"]})
+    extracted = _object("from status", status={"enum": ["ok", "missing", "error"]}, bytes=count, skipped=count, message=text)
+    extracted["properties"]["from"] = text
+    problem = _object("path message", path={"type": "array"}, message=text)
+    numbers = {"type": "object", "additionalProperties": count}
+    callback = _object("status attempts", status={"enum": ["pending", "delivered", "failed"]}, attempts=count, lastError=text)
+    head = _object(
+        "id status image createdAt logsTruncated",
+        id=text, status={"enum": STATUSES}, phase={"enum": list(PHASES)}, reason={"enum": REASONS}, image=text, imageId=text,
+        createdAt=moment, startedAt=moment, finishedAt=moment, exitCode={"type": "integer"}, oomKilled={"const": True},
+        error=text, durationMs=count, timings=numbers, logsTruncated={"type": "boolean"}, callback=callback,
+    )  # fmt: skip
+    whole = {"logs": {"type": "array", "items": text}, "extracted": {"type": "array", "items": extracted}}
+    whole["artifacts"] = {"type": "array", "items": {"$ref": reference + "Artifact"}}
+    run = {**head, "required": [*head["required"], "logs"], "properties": {**head["properties"], **whole}}
+    schemas = {
+        "RunRequest": {**request_schema(settings), "examples": [{"image": "alpine:3.19", "entrypoint": "echo hello"}]},
+        "Stop": STOP_SCHEMA,
+        "Run": run,
+        "Runs": {"type": "array", "items": head},
+        "Artifact": artifact,
+        "Artifacts": {"type": "array", "items": {"$ref": reference + "Artifact"}},
+        "Accepted": _object("id status url", id=text, status={"enum": STATUSES}, url=text),
+        "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "ping", "finished"]}),
+        "Health": _object("status docker version runs", status={"enum": ["ok", "unavailable"]}, version=text, runs=numbers),
+        "Error": _object("error", error=text, message=text, details={"type": "array", "items": problem}),
+        "Bytes": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "Any": {"type": "object"},
+    }
+
+    def content(kinds: Mapping[str, str]) -> dict[str, Any]:
+        return {"content": {kind: {"schema": {"$ref": reference + name}} for kind, name in kinds.items()}} if kinds else {}
+
+    def operation(route: Route) -> dict[str, Any]:
+        answers = {
+            status: {"description": http.client.responses[status], **content(kinds or ({JSON: "Error"} if status >= 400 else {}))}
+            for status, kinds in sorted({**{status: {} for status in (400, 401, 403, 413, 431, 500)}, **route.answers}.items())
+        }
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": text} for name in re.findall(r"<(\w+)", route.path)
+        ] + [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
+        if route.handler == "run":
+            parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {**text, "minLength": 1, "maxLength": 200}})
+        body = {"requestBody": {"required": route.handler == "run", **content({JSON: route.body})}} if route.body else {}
+        open_to_all: dict[str, Any] = {"security": []} if route.path == "/health" else {}
+        return {
+            "operationId": route.handler, "summary": route.summary, "parameters": parameters, **body, **open_to_all,
+            "responses": {str(status): answer for status, answer in answers.items()},
+        }  # fmt: skip
+
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(re.sub(r"<(\w+)(:path)?>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "lightrun", "version": __version__, "license": {"name": "AGPL-3.0-or-later"}},
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"token": []}] if settings.token or settings.token_file else [],
+    }
+
+
 class Api:
     """The routes, as a WSGI application on waitress; bottle's router finds them."""
 
@@ -2620,6 +2712,10 @@ class Api:
             return json_answer({"status": "unavailable", "docker": False, **about}, 503)
         return json_answer({"status": "ok", "docker": True, **about, "engine": engine})
 
+    def openapi(self, call: Call) -> Answer:
+        """GET /openapi.json"""
+        return json_answer(openapi(self._settings))
+
     def run(self, call: Call) -> Answer:
         """POST /run"""
         raw = call.json_body()
@@ -2636,10 +2732,10 @@ class Api:
             place.enter_context(self._place())
             run_id = self._runner.submit(request, key, digest)
             job = self._runner.job(run_id)
-            if "application/x-ndjson" in call.header("Accept"):
+            if EVENTS in call.header("Accept"):
                 if job:
                     place.callback(self._runner.abandon, job)
-                return self._streamed(call, self._live(run_id, job), "application/x-ndjson", place.pop_all())
+                return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
             self._wait(call, job, math.inf)
             return json_answer(job.state() if job else self._state(run_id))
 
@@ -2722,7 +2818,7 @@ class Api:
 
     def logs(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/logs"""
-        stream, tail, kind = call.query.get("stream"), call.query.get("tail"), "application/octet-stream"
+        stream, tail, kind = call.query.get("stream"), call.query.get("tail"), BYTES
         job = self._runner.job(run_id)
         if not job or not call.query.get("follow"):
             kept = last_lines(raw_log(self._kept(run_id), stream), tail)
@@ -2754,9 +2850,9 @@ class Api:
     def artifacts(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/artifacts"""
         kept = self._artifacts(run_id)
-        if "application/x-tar" not in call.header("Accept"):
+        if TAR not in call.header("Accept"):
             return json_answer(kept)
-        answer = self._streamed(call, artifacts_tar(self._root / run_id, kept), "application/x-tar")
+        answer = self._streamed(call, artifacts_tar(self._root / run_id, kept), TAR)
         answer.headers["Content-Disposition"] = content_disposition(f"{run_id}.tar")
         return answer
 
