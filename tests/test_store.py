@@ -1,0 +1,319 @@
+"""The record of runs: what is written is found again, in order, after any end; and who has to go when room is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrun import (
+    Conflict,
+    NotFound,
+    Run,
+    StartError,
+    Store,
+    Unavailable,
+    choose_victims,
+    parse_timestamp,
+    timestamp,
+    whole_state,
+)
+
+ARTIFACTS = [{"path": "a", "bytes": 1000, "type": "file"}, {"path": "b", "bytes": 0, "type": "directory"}]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store."""
+    opened = Store(tmp_path / "state")
+    yield opened
+    opened.close()
+
+
+def run_named(name: str, **fields: Any) -> Run:
+    """A run that has just been accepted."""
+    return dataclasses.replace(Run(name, "alpine", time.time(), waited=False), **fields)
+
+
+def finished(store: Store, name: str, frames: bytes = b"", **fields: Any) -> Run:
+    """A run that has been accepted and has succeeded."""
+    run = run_named(name, **fields)
+    store.add(run, None, "")
+    ended = dataclasses.replace(run, reason="exited", exit_code=0, finished=run.created + 1)
+    store.finish(ended, frames)
+    return ended
+
+
+def ids(heads: list[str]) -> list[str]:
+    """The ids of some heads."""
+    return [json.loads(head)["id"] for head in heads]
+
+
+# ---------------------------------------------------------------- What is written is found again
+
+
+def test_a_run_from_acceptance_to_its_end(store: Store) -> None:
+    run = run_named("one")
+    store.add(run, None, "")
+    assert json.loads(store.head("one")) == run.head()
+    store.begin("one")
+    ended = dataclasses.replace(
+        run, reason="exited", exit_code=3, finished=run.created + 2, artifacts=ARTIFACTS,
+        extracted=[{"from": "a", "status": "ok", "bytes": 1000}],
+    )  # fmt: skip
+    store.finish(ended, b"frames\0\xff")
+    assert json.loads(store.head("one")) == ended.head()
+    assert store.details("one") == ({"artifacts": ARTIFACTS, "extracted": ended.extracted}, b"frames\0\xff")
+
+
+def test_all_of_it_survives_the_process(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run = finished(store, "one", b"log", artifacts=ARTIFACTS)
+    state_id, usage = store.id, store.usage()
+    store.close()
+    again = Store(tmp_path)
+    assert (again.id, again.usage()) == (state_id, usage)
+    assert json.loads(again.head("one")) == run.head()
+    assert again.details("one")[1] == b"log"
+    again.close()
+
+
+def test_a_settled_callback_shows_in_the_state(store: Store) -> None:
+    run = finished(store, "one", callback={"status": "pending", "attempts": 0})
+    assert list(store.removable()) == []
+    store.settle(dataclasses.replace(run, callback={"status": "delivered", "attempts": 1}))
+    assert json.loads(store.head("one"))["callback"] == {"status": "delivered", "attempts": 1}
+    assert [name for name, _ in store.removable()] == ["one"]
+
+
+def test_an_idempotency_key_finds_its_run_as_long_as_that_lives(store: Store) -> None:
+    store.add(run_named("one"), "key", "digest")
+    assert store.find_key("key") == ("one", "digest")
+    assert store.find_key("other") is None
+    with pytest.raises(Unavailable):
+        store.add(run_named("two"), "key", "digest")
+    store.finish(run_named("one", reason="exited", exit_code=0), b"")
+    store.delete("one")
+    assert store.find_key("key") is None
+
+
+# ---------------------------------------------------------------- Lists
+
+
+def test_lists_are_newest_first_by_acceptance(store: Store) -> None:
+    for number in range(5):
+        store.add(run_named(str(number), created=100.0 - number), None, "")  # the clock may go backwards
+    assert ids(store.heads(None, None, 100)) == ["4", "3", "2", "1", "0"]
+    assert ids(store.heads(None, None, 2)) == ["4", "3"]
+    assert ids(store.heads(None, "3", 2)) == ["2", "1"]
+    assert ids(store.heads(None, "0", 2)) == []
+
+
+def test_lists_by_status(store: Store) -> None:
+    finished(store, "old")
+    store.add(run_named("running"), None, "")
+    store.add(run_named("failed"), None, "")
+    store.finish(run_named("failed", reason="timeout", exit_code=137), b"")
+    finished(store, "new")
+    assert ids(store.heads("succeeded", None, 100)) == ["new", "old"]
+    assert ids(store.heads("succeeded", "failed", 100)) == ["old"]
+    assert ids(store.heads("running", None, 100)) == ["running"]
+    assert ids(store.heads("failed", None, 100)) == ["failed"]
+    assert ids(store.heads("cancelled", None, 100)) == []
+
+
+def test_order_survives_the_deletion_of_the_newest(store: Store) -> None:
+    finished(store, "one")
+    finished(store, "two")
+    store.delete("two")
+    finished(store, "three")
+    assert ids(store.heads(None, None, 100)) == ["three", "one"]
+
+
+# ---------------------------------------------------------------- Forgetting
+
+
+def test_only_finished_runs_can_be_deleted(store: Store) -> None:
+    store.add(run_named("one"), None, "")
+    with pytest.raises(Conflict) as caught:
+        store.delete("one")
+    assert (caught.value.status, caught.value.code) == (409, "running")
+    finished(store, "two")
+    store.delete("two")
+    for look in (store.head, store.details, store.delete):
+        with pytest.raises(NotFound):
+            look("two")
+    assert store.head("one")
+
+
+def test_unknown_runs_are_not_found(store: Store) -> None:
+    looks: list[Callable[[], Any]] = [
+        lambda: store.head("x"), lambda: store.details("x"), lambda: store.delete("x"), lambda: store.heads(None, "x", 1),
+    ]  # fmt: skip
+    for look in looks:
+        with pytest.raises(NotFound):
+            look()
+
+
+def test_nothing_of_a_deleted_run_stays_in_the_files(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finished(store, "one", b"a very secret line of a log")
+    store.delete("one")
+    store.close()
+    assert not any(b"very secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_usage_counts_finished_runs_in_full(store: Store) -> None:
+    store.add(run_named("running"), None, "")
+    assert store.usage() == (0, 0)
+    finished(store, "one", bytes(5000), artifacts=ARTIFACTS)
+    size, count = store.usage()
+    assert count == 1
+    assert 6000 < size < 8000
+    assert list(store.removable()) == [("one", size)]
+    store.delete("one")
+    assert store.usage() == (0, 0)
+
+
+def test_usage_is_right_after_many_threads(store: Store) -> None:
+    def work(name: str) -> None:
+        for number in range(20):
+            finished(store, f"{name}{number}", bytes(100))
+            if number % 2:
+                store.delete(f"{name}{number}")
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    left = list(store.removable())
+    assert len(left) == 40
+    assert store.usage() == (sum(size for _, size in left), 40)
+
+
+def test_removable_runs_are_oldest_first_page_by_page(store: Store) -> None:
+    for number in range(250):
+        finished(store, str(number))
+    assert [name for name, _ in store.removable()] == [str(number) for number in range(250)]
+    for name, _ in store.removable():
+        store.delete(name)
+    assert store.usage() == (0, 0)
+
+
+# ---------------------------------------------------------------- The state dir
+
+
+def test_the_state_dir_is_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir(mode=0o755)
+    Store(tmp_path / "state").close()
+    Store(tmp_path / "other/deeper").close()
+    for folder in ("state", "other/deeper"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+
+
+def test_one_daemon_for_one_state_dir(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="another lightrun"):
+        Store(tmp_path / "state")
+    store.close()
+    again = Store(tmp_path / "state")
+    again.close()
+
+
+# ---------------------------------------------------------------- The state of a run
+
+
+@pytest.mark.parametrize(
+    ("reason", "exit_code", "waited", "status"),
+    [
+        (None, None, True, "running"),
+        ("exited", 0, True, "succeeded"),
+        ("exited", 1, True, "failed"),
+        ("exited", 137, True, "failed"),
+        ("stopped", 0, False, "succeeded"),
+        ("stopped", 143, False, "failed"),
+        ("stopped", None, False, "failed"),
+        ("timeout", 0, False, "failed"),
+        ("oom", 137, False, "failed"),
+        ("cancelled", 0, False, "cancelled"),
+        ("cancelled", None, True, "cancelled"),
+        ("interrupted", 137, True, "cancelled"),
+        ("interrupted", 137, False, "failed"),
+        ("pull_failed", None, False, "failed"),
+        ("start_failed", None, False, "failed"),
+        ("lost", None, False, "failed"),
+        ("engine_error", None, False, "failed"),
+    ],
+)
+def test_the_status_follows_from_the_reason(reason: str | None, exit_code: int | None, waited: bool, status: str) -> None:
+    assert run_named("x", reason=reason, exit_code=exit_code, waited=waited).status == status
+
+
+def test_the_state_shows_what_is_known() -> None:
+    run = run_named("x", created=1_700_000_000.0)
+    assert run.head() == {
+        "id": "x", "status": "running", "phase": "queued", "image": "alpine", "createdAt": "2023-11-14T22:13:20.000Z",
+        "logsTruncated": False,
+    }  # fmt: skip
+    ended = dataclasses.replace(run, reason="exited", exit_code=0, started=run.created + 0.1, finished=run.created + 0.5)
+    state = whole_state(ended.head(), ended.tail(), ["a"])
+    assert state["durationMs"] == 500
+    assert (state["startedAt"], state["finishedAt"]) == ("2023-11-14T22:13:20.100Z", "2023-11-14T22:13:20.500Z")
+    assert state["timings"].keys() == {"queue", "pull", "start", "run", "extract"}
+    assert not state.keys() & {"phase", "error", "oomKilled", "callback", "artifacts", "extracted", "imageId"}
+
+
+@given(st.integers(0, 4_000_000_000_000))
+def test_times_are_milliseconds(milliseconds: int) -> None:
+    assert round(parse_timestamp(timestamp(milliseconds / 1000)) * 1000) == milliseconds
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction"),
+    [("2024-02-29T00:00:00Z", 0), ("2024-02-29T00:00:00.5Z", 0.5), ("2024-02-29T00:00:00.123456789Z", 0.123456789)],
+)
+def test_the_engines_times_are_read(text: str, fraction: float) -> None:
+    assert parse_timestamp(text) == pytest.approx(1_709_164_800 + fraction)
+
+
+# ---------------------------------------------------------------- Who has to go
+
+
+CANDIDATES = st.lists(st.tuples(st.uuids().map(str), st.integers(0, 50)), max_size=12, unique_by=lambda pair: pair[0])
+
+
+@given(CANDIDATES, st.integers(0, 11), st.integers(-10, 300), st.integers(-3, 14))
+def test_the_oldest_go_until_all_fits(
+    candidates: list[tuple[str, int]], spared_at: int, excess_bytes: int, excess_runs: int
+) -> None:
+    spared = candidates[spared_at][0] if spared_at < len(candidates) else "none"
+    victims = list(choose_victims(candidates, spared, excess_bytes, excess_runs))
+    allowed = [name for name, _ in candidates if name != spared]
+    sizes = dict(candidates)
+    assert victims == allowed[: len(victims)]
+
+    def fits(gone: list[str]) -> bool:
+        return sum(sizes[name] for name in gone) >= excess_bytes and len(gone) >= excess_runs
+
+    assert fits(victims) or victims == allowed
+    assert not victims or not fits(victims[:-1])
+
+
+def test_no_more_candidates_are_looked_at_than_needed() -> None:
+    def candidates() -> Iterator[tuple[str, int]]:
+        yield "one", 10
+        yield "two", 10
+        raise AssertionError("looked too far")
+
+    victims = choose_victims(candidates(), "none", 10, 0)
+    assert next(victims) == "one"
+    assert list(victims) == []
