@@ -434,6 +434,19 @@ class DaemonFactory(Protocol):
 @pytest.fixture
 def daemon(pyz: Path, engine: docker.APIClient) -> Iterator[DaemonFactory]:
     """A function that starts daemons; all end with the test."""
+    with _daemon_factory(pyz, engine) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def module_daemon(pyz: Path, engine: docker.APIClient) -> Iterator[DaemonFactory]:
+    """The same for daemons that the tests of a module share."""
+    with _daemon_factory(pyz, engine) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def _daemon_factory(pyz: Path, engine: docker.APIClient) -> Iterator[DaemonFactory]:
     made: list[Daemon] = []
 
     def make(
