@@ -1,0 +1,375 @@
+"""The command line as a process: help, versions, reasons not to start, the log. README's tables say what the module's do.
+
+How each option is read is tested in test_requests.py, without a process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.client
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightrun
+from conftest import KEPT_VARIABLES, ROOT, DaemonFactory, eventually, free_port
+from engine import IMAGE
+
+README = (ROOT / "README.md").read_text("utf-8")
+FIELDS = dataclasses.fields(lightrun.Settings)
+HELP_SECONDS = 0.3
+# What must not be imported before the arguments are right: each costs more than all else together.
+LAZY = {"bottle", "docker", "requests", "urllib3", "waitress"}
+# What a daemon that does not start leaves open is closed by the end of its process.
+QUIET = ("-W", "error", "-W", "ignore::ResourceWarning")
+ROUTE_VARIABLES = {"<run_id>": "<id>", "<path:path>": "<path>"}
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown_default(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata["shown"] or ("none" if field.default is None else field.default))
+
+
+# ---------------------------------------------------------------- README
+
+
+def _table(first_header: str) -> list[list[str]]:
+    """The body of README's table whose first column has this header, cell by cell, without the marks of code."""
+    table = re.search(rf"^\| `?{first_header}`? \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.MULTILINE)
+    assert table, f"README has no table of {first_header}"
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in table[1].splitlines()]
+
+
+def _code(cell: str) -> str:
+    return cell.strip("`")
+
+
+def test_readme_has_the_options_variables_and_defaults() -> None:
+    told = [(_code(option), _code(variable), _code(default)) for option, variable, default, _ in _table("option")]
+    assert told == [(_option(field.name), "LIGHT_RUN_" + field.name.upper(), _shown_default(field)) for field in FIELDS]
+
+
+def test_readme_has_the_fields_of_a_request() -> None:
+    schema = lightrun.request_schema(lightrun.Settings())
+    assert [_code(row[0]) for row in _table("field")] == list(schema["properties"])
+
+
+def test_readme_has_the_bounds_of_a_request() -> None:
+    told = {_code(name): kind for name, kind, _ in _table("field")}
+    for name, schema in lightrun.request_schema(lightrun.Settings())["properties"].items():
+        choices = [schema, *schema.get("anyOf", [])]
+        for keyword in ("maxLength", "maxItems", "maxProperties", "default"):
+            for value in (choice[keyword] for choice in choices if choice.get(keyword)):
+                assert str(value) in told[name].replace(",", ""), f"{name}: {keyword}"
+
+
+def test_readme_has_the_routes() -> None:
+    routes = {f"{route.method} {route.path}" for route in lightrun.ROUTES}
+    for variable, name in ROUTE_VARIABLES.items():
+        routes = {route.replace(variable, name) for route in routes}
+    told = [_code(route) for route, _ in _table("route")]
+    assert len(told) == len(set(told))
+    assert set(told) == routes
+
+
+def test_readme_has_the_reasons() -> None:
+    assert [_code(row[0]) for row in _table("reason")] == lightrun.REASONS
+
+
+def test_readme_names_the_bounds_that_are_not_options() -> None:
+    assert f"{lightrun.MAX_ARTIFACT_ENTRIES:,} entries, {lightrun.MAX_ARTIFACT_DEPTH} folders" in README
+    added = re.search(r"capabilities dropped, then ([A-Z_, and]+) added back", README)
+    assert added
+    assert re.findall("[A-Z_]+", added[1]) == lightrun.CAPABILITIES
+
+
+def test_readme_links_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert set(re.findall(r"\]\(#([^)]*)\)", README)) <= anchors
+    assert all((ROOT / path).is_file() for path in re.findall(r"\]\((?!#|https://)([^)]*)\)", README))
+
+
+# ---------------------------------------------------------------- Help and version
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What a command that ended by itself has left."""
+
+    code: int
+    out: str
+    err: str
+
+    def line(self) -> str:
+        """Its one line on standard error; nothing on standard output."""
+        assert self.out == ""
+        assert self.err.count("\n") == 1, self.err
+        return self.err.strip()
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(pyz: Path, tmp_path: Path) -> Command:
+    """Run lightrun with arguments to its end; keywords are variables of its environment."""
+
+    def run(*arguments: str, python: tuple[str, ...] = QUIET, **variables: str) -> Ended:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment = {**kept, "HOME": str(tmp_path), "COLUMNS": "500", **variables}
+        line = [sys.executable, *python, str(pyz), *arguments]
+        done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def serve(command: Command, tmp_path: Path) -> Command:
+    """Run `lightrun serve` on a free port and a state dir of its own, expecting that it does not start."""
+
+    def run(*arguments: str, **variables: str) -> Ended:
+        return command("serve", "--port", "0", "--state-dir", str(tmp_path / "state"), *arguments, **variables)
+
+    return run
+
+
+def test_help_lists_every_option_with_its_default(command: Command) -> None:
+    done = command("serve", "--help")
+    assert (done.code, done.err) == (0, "")
+    words = " ".join(done.out.partition("\noptions:")[2].split())
+    told = re.findall(r"(--[a-z-]+) [A-Z_]+ .+? \(default: (.+?)\)(?= --|$)", words)
+    assert told == [(_option(field.name), _shown_default(field)) for field in FIELDS]
+
+
+def test_help_names_the_command(command: Command) -> None:
+    done = command("--help")
+    assert (done.code, done.err) == (0, "")
+    assert "serve" in done.out
+    assert "--version" in done.out
+
+
+def test_version(command: Command) -> None:
+    assert command("--version") == Ended(0, f"lightrun {lightrun.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("serve", "--help")], ids="-".join)
+def test_answers_without_heavy_imports(command: Command, arguments: tuple[str, ...]) -> None:
+    done = command(*arguments, python=("-X", "importtime"))
+    imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
+    assert "lightrun" in imported
+    assert not imported & LAZY
+
+
+def test_help_is_quick(command: Command) -> None:
+    """The least of some tries: what else the machine does costs this process time as well."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command("serve", "--help", python=())
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert eventually(lambda: seconds() < HELP_SECONDS, timeout=20)
+
+
+# ---------------------------------------------------------------- Reasons not to start
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--port", "http"), ("--memory", "1k"), ("--pull-timeout", "5"), ("--log-format", "xml"), ("--allow-image", "")],
+)
+def test_a_bad_value_is_one_line_and_code_2(command: Command, option: str, value: str) -> None:
+    variable = "LIGHT_RUN_" + option.strip("-").replace("-", "_").upper()
+    for source, done in ((option, command("serve", option, value)), (variable, command("serve", **{variable: value}))):
+        assert done.code == 2
+        assert source in done.line()
+
+
+@pytest.mark.parametrize("arguments", [(), ("run",), ("serve", "here"), ("serve", "--nope"), ("serve", "--port")])
+def test_an_unknown_word_is_one_line_and_code_2(command: Command, arguments: tuple[str, ...]) -> None:
+    done = command(*arguments)
+    assert done.code == 2
+    assert done.line().startswith("lightrun: ")
+
+
+@pytest.mark.parametrize("content", [None, "", " \n\n"])
+def test_a_token_file_without_token_is_an_error(serve: Command, tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "tokens").write_text(content)
+    done = serve("--token-file", str(tmp_path / "tokens"))
+    assert done.code == 2
+    assert "--token-file" in done.line()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--cpus", "9999"), ("--memory", "900t"), ("--runtime", "no-such-runtime")])
+@pytest.mark.usefixtures("engine_api")
+def test_limits_that_the_engine_cannot_give(serve: Command, option: str, value: str) -> None:
+    done = serve(option, value)
+    assert done.code == 1
+    assert option in done.line()
+
+
+def test_a_port_in_use(daemon: DaemonFactory, command: Command, tmp_path: Path) -> None:
+    port = str(daemon().port)
+    done = command("serve", "--port", port, "--state-dir", str(tmp_path / "state"))
+    assert done.code == 1
+    assert port in done.line()
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_that_is_not_here(serve: Command, host: str) -> None:
+    done = serve("--host", host)
+    assert done.code == 1
+    assert host in done.line()
+
+
+def test_a_live_socket_and_another_kind_of_file(daemon: DaemonFactory, serve: Command, tmp_path: Path) -> None:
+    live = daemon(socket=True).socket
+    (tmp_path / "file").write_text("mine")
+    for path in (live, tmp_path / "file", tmp_path / "no-folder/socket"):
+        done = serve("--socket", str(path))
+        assert done.code == 1
+        assert str(path) in done.line()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_state_dir_in_use(daemon: DaemonFactory, command: Command) -> None:
+    state_dir = str(daemon().state_dir)
+    done = command("serve", "--port", str(free_port()), "--state-dir", state_dir)
+    assert done.code == 1
+    assert state_dir in done.line()
+
+
+def test_an_artifacts_dir_of_another(daemon: DaemonFactory, serve: Command) -> None:
+    first = daemon()
+    artifacts = first.state_dir / "artifacts"
+    first.stop()
+    done = serve("--artifacts-dir", str(artifacts))
+    assert done.code == 1
+    assert str(artifacts) in done.line()
+
+
+def test_an_artifacts_dir_with_other_files(serve: Command, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    done = serve("--artifacts-dir", str(tmp_path))
+    assert done.code == 1
+    assert str(tmp_path) in done.line()
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_a_state_dir_that_holds_no_database(serve: Command, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/lightrun.db").write_text("not a database\n" * 100)
+    done = serve()
+    assert done.code == 1
+    assert str(tmp_path / "state") in done.line()
+
+
+def test_a_state_dir_that_is_a_file(serve: Command, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("mine")
+    done = serve()
+    assert done.code == 1
+    assert str(tmp_path / "state") in done.line()
+
+
+# ---------------------------------------------------------------- Variables, and what is said at start
+
+
+def test_variables_set_up_a_daemon(daemon: DaemonFactory) -> None:
+    """Repeatable options take commas."""
+    images = "docker.io/library/*, docker.io/lightrun/*"
+    started = daemon(env={"LIGHT_RUN_TOKEN": "from-a-variable", "LIGHT_RUN_ALLOW_IMAGE": images, "LIGHT_RUN_PULL": "never"})
+    assert started.request("GET", "/runs").status == 401
+    assert started.run(entrypoint=["true"])["reason"] == "exited"
+    assert started.run(image="no-such-image")["reason"] == "pull_failed"
+    refused = started.request(
+        "POST", "/run", json={"image": "ghcr.io/lightrun/busybox"}, headers={"Authorization": "Bearer from-a-variable"}
+    )
+    assert (refused.status, refused.json()["error"]) == (403, "not_allowed")
+
+
+def test_an_open_server_says_so(daemon: DaemonFactory) -> None:
+    log = daemon().log()
+    assert "--token" in log
+    assert "WARNING" not in log
+
+
+def test_an_open_server_on_every_address_says_so_loudly(daemon: DaemonFactory) -> None:
+    warnings = [line for line in daemon("--host", "0.0.0.0").log().splitlines() if "WARNING" in line]
+    assert any("--token" in line for line in warnings)
+
+
+def test_a_server_with_a_token_has_nothing_to_say_about_it(daemon: DaemonFactory) -> None:
+    assert "--token" not in daemon("--host", "0.0.0.0", "--token", "s3cret").log()
+
+
+# ---------------------------------------------------------------- The log
+
+
+def test_json_logs_have_one_object_a_line(daemon: DaemonFactory) -> None:
+    started = daemon("--log-format", "json", "--host", "0.0.0.0")
+    started.run(entrypoint="echo one; echo two")
+    started.request("GET", "/runs/%0A%22%E2%80%A8x")
+    started.request("GET", "/" + "x" * 100_000)
+    started.stop()
+    lines = [json.loads(line) for line in started.log().splitlines()]
+    assert all({"time", "level", "message"} <= set(line) for line in lines)
+    assert {line["level"] for line in lines} == {"info", "warning"}
+
+
+def test_no_path_makes_a_line_of_its_own(daemon: DaemonFactory) -> None:
+    started = daemon()
+    started.request("GET", "/runs/x%0A2026-01-01%20INFO%20forged%0D%1B%5B2J%E2%80%A8y")
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line) for line in started.log().splitlines())
+    assert "\x1b" not in started.log()
+
+
+def test_no_secret_is_logged(daemon: DaemonFactory, tmp_path: Path) -> None:
+    (tmp_path / "tokens").write_text("canary-old-token\ncanary-new-token\n")
+    started = daemon("--token-file", str(tmp_path / "tokens"))
+    started.token = "canary-new-token"
+    closed = f"http://127.0.0.1:{free_port()}/canary-url-path?key=canary-url-query"
+    secrets: dict[str, Any] = {
+        "env": {"SECRET": "canary-env"},
+        "files": {"secret": "canary-file"},
+        "setup": ["true canary-setup"],
+        "entrypoint": "true canary-entrypoint",
+    }
+    assert started.run(input="canary-input", **secrets)["exitCode"] == 0
+    run = started.detach(stdin="canary-stdin", callbackUrl=closed, callbackSecret="canary-callback-secret", **secrets)
+    started.wait_for(run, lambda state: state["callback"]["attempts"])
+    headers = {"Authorization": "Bearer canary-new-token"}
+    for bad in ({"canary-field": "canary-value"}, {"image": "canary image"}, {"stdin": ["canary-list"]}):
+        assert started.request("POST", "/run", json={"image": IMAGE, **bad}, headers=headers).status == 400
+    assert started.request("GET", "/runs?canary-query=1", headers=headers).status == 400
+    assert started.request("GET", "/runs", headers={"Authorization": "Bearer canary-wrong-token"}).status == 401
+    _send_garbage(started.port)
+    assert f"/runs/{run}" in started.log()
+    assert "canary" not in started.log()
+
+
+def _send_garbage(port: int) -> None:
+    """A request that is none, with a secret where a server might quote it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.putrequest("GET", "/runs", skip_host=True)
+        connection.putheader("Transfer-Encoding", "canary-coding")
+        connection.putheader("Authorization", "Bearer canary-new-token")
+        connection.endheaders()
+        assert connection.getresponse().status >= 400
+    finally:
+        connection.close()

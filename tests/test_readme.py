@@ -1,0 +1,115 @@
+"""README's commands, run as they stand there, but for the address. A comment `<!-- run -->` marks them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightrun
+from conftest import ROOT, Daemon, DaemonFactory
+
+README = (ROOT / "README.md").read_text("utf-8")
+SECRET = "a secret of this test"
+
+
+def _blocks(mark: str) -> list[str]:
+    """The shell commands below `<!-- mark -->`."""
+    return re.findall(rf"<!-- {mark} -->\n```sh\n(.*?)```\n", README, re.DOTALL)
+
+
+def _block(language: str, text: str) -> str:
+    """The one block of this language that holds a text."""
+    found = [block for block in re.findall(rf"```{language}\n(.*?)```\n", README, re.DOTALL) if text in block]
+    assert len(found) == 1
+    return str(found[0])
+
+
+def _shell(script: str, folder: Path, *arguments: str) -> str:
+    """What a script writes to standard output; any command that fails is an error."""
+    line = ["bash", "-euo", "pipefail", "-c", script, "bash", *arguments]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _outputs(started: Daemon, folder: Path) -> list[list[str]]:
+    """The lines that each block has written. They run in one shell, as the page says, and so share its variables."""
+    blocks = [block.replace("localhost:3000", f"localhost:{started.port}") for block in _blocks("run")]
+    out = _shell("echo; echo NEXT\n".join(blocks), folder)
+    return [[line for line in part.splitlines() if line] for part in out.split("NEXT\n")]
+
+
+def _objects(line: str) -> list[dict[str, Any]]:
+    """JSON objects that follow each other without a newline, as curl prints answers."""
+    decoder, objects, offset = json.JSONDecoder(), [], 0
+    while offset < len(line) and line[offset] == "{":
+        value, offset = decoder.raw_decode(line, offset)
+        objects.append(value)
+    return objects
+
+
+def test_the_commands_work(daemon: DaemonFactory, tmp_path: Path) -> None:
+    first, live, watch, stop, twice = _outputs(daemon(), tmp_path)
+    told = json.loads(_block("json", '"logs": ["Hello, world"]'))
+    answer = json.loads("".join(first))
+    for name in ("status", "reason", "exitCode", "image", "logs", "logsTruncated", "artifacts", "extracted"):
+        assert answer[name] == told[name]
+    assert told.keys() <= answer.keys()
+
+    events = [json.loads(line) for line in live]
+    told_events = [json.loads(line) for line in _block("json", '"event": "accepted"').splitlines()]
+    assert [_essence(event) for event in events] == [_essence(event) for event in told_events]
+
+    assert [state["status"] for state in _objects(watch[0])] == ["running", "running"]
+    assert "tick 1" in watch[1:]
+
+    state, told = json.loads("".join(stop)), json.loads(_block("json", '"bye"'))
+    assert [state[name] for name in ("status", "reason", "exitCode")] == [told[name] for name in ("status", "reason", "exitCode")]
+    assert (state["logs"][0], state["logs"][-1]) == (told["logs"][0], told["logs"][-1])
+
+    once, again = _objects("".join(twice))
+    assert once == again
+
+
+def _essence(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in {"id", "run"}}
+
+
+def test_the_socket_command_works(daemon: DaemonFactory, tmp_path: Path) -> None:
+    started = daemon(socket=True)
+    (block,) = _blocks("run socket")
+    answer = json.loads(_shell(block.replace("/tmp/lightrun.sock", str(started.socket)), tmp_path))
+    told = json.loads(_block("json", '"logs": ["0"]'))
+    assert {**told, "id": answer["id"]}.items() <= answer.items()
+
+
+@pytest.mark.parametrize("body", [b"", b'{"id": "1"}', "ü\n".encode()])
+def test_callbacks_are_verified_as_told(body: bytes, tmp_path: Path) -> None:
+    (tmp_path / "body.json").write_bytes(body)
+    header = lightrun.signature(SECRET, body)
+    names: dict[str, Any] = {}
+    exec(_block("python", "def is_genuine"), names)
+    assert names["is_genuine"](SECRET, body, header)
+    assert not names["is_genuine"](SECRET, body, header[:-1] + "é")
+    assert not names["is_genuine"](SECRET, body + b" ", header)
+    script = "secret=$1 header=$2\n" + _block("sh", "openssl dgst")
+    assert _shell(script, tmp_path, SECRET, header) == "genuine\n"
+    assert _shell(script + "true\n", tmp_path, SECRET, "sha256=0") == ""
+
+
+def test_the_token_command_makes_one_token(tmp_path: Path) -> None:
+    command = _block("sh", "token_urlsafe").splitlines()[0]
+    _shell(command, tmp_path)
+    assert (tmp_path / "tokens").stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"[\w-]{43}\n", (tmp_path / "tokens").read_text())
+
+
+def test_the_json_blocks_are_json() -> None:
+    for block in re.findall(r"```json\n(.*?)```\n", README, re.DOTALL):
+        for value in block.splitlines() if block.startswith('{"event"') else [block]:
+            json.loads(value)
