@@ -38,6 +38,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import heapq
 import hmac
 import http.client
 import ipaddress
@@ -46,6 +47,7 @@ import logging
 import math
 import os
 import posixpath
+import random
 import re
 import resource
 import select
@@ -80,6 +82,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 MAX_PROBLEMS = 100  # validation problems told at once; more say nothing new
 MAX_JSON_DEPTH = 100  # levels of nesting in a body; far below Python's recursion limit
+MAX_FOLDERS = 10_000  # that the files of a request need; each is a member of the tar
 MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
 MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
 MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
@@ -93,6 +96,7 @@ COPY_BYTES = MIB  # one piece of a file on its way to or from the disk
 READ_BYTES = 256 * KIB  # one read of the attach stream
 LINE_BYTES = 16 * KIB  # longer lines come in pieces, in a live run
 MAX_SPOOL_BYTES = GIB  # how far the slowest follower of a log may fall behind before all of them are cut off
+COPY_FACTOR = 4  # the engine's own copy of a log, which only recovery reads, to what we keep
 PING_SECONDS = 15  # of silence in a live run
 ENGINE_SECONDS = 60  # one engine call; an engine that is slower counts as absent
 HEALTH_SECONDS = 2  # the same for /health
@@ -101,11 +105,17 @@ RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
 DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
 
-CALLBACK_SECONDS = 10  # one attempt, as SPEC 8 has it
+CALLBACK_SECONDS = 10  # one attempt
+CALLBACK_DELAYS = (1, 5, 30, 120, 600)  # seconds before each further attempt
+MAX_RETRY_AFTER_SECONDS = 600
+MAX_DELIVERIES = 128  # attempts at a time, each on a thread
+MAX_DELIVERIES_EACH = 4  # the same to one receiver; one that failed last gets one
 
 CONTROL_THREADS = 16  # handlers beside the waiting ones, so that control routes always find one
 MAX_CONNECTIONS = 4096
 MAX_HEADER_BYTES = 64 * KIB
+
+JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -345,7 +355,7 @@ class Settings:
 _SEGMENTS = r"^(?![\s\S]*(?:^|/)\.{0,2}(?:/|$))[^\\\u0000]+$"  # relative, without empty, `.` and `..` segments
 _NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-_BASE64 = r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
+_BASE64 = r"^[A-Za-z0-9+/]*={0,2}$"
 _SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
 _HOST = r"(?:(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]))*"
 _HOST += r"|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
@@ -372,7 +382,7 @@ def request_schema(settings: Settings) -> dict[str, Any]:
             "additionalProperties": {"anyOf": [
                 {"type": "string"},
                 {"type": "object", "required": ["base64"], "additionalProperties": False, "properties": {
-                    "base64": {"type": "string", "pattern": _BASE64, "says": "must be base64 with padding"}}},
+                    "base64": {"type": "string", "pattern": _BASE64, "format": "base64", "says": "must be base64 with padding"}}},
             ]},
             "description": "Files put into the workdir before the start: path to text, or to {\"base64\": …}.",
         },
@@ -453,6 +463,10 @@ def _good_url(text: str) -> bool:
         return False
 
 
+def _is_base64(text: str) -> bool:
+    return len(text) % 4 == 0 and bool(_regex(_BASE64).search(text))
+
+
 def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
     """What `pattern` cannot say, by the name that the schema gives it."""
     return {
@@ -461,7 +475,8 @@ def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
         "network": lambda name: name not in {"host", "default"},
         "memory": lambda text: MIN_MEMORY_BYTES <= parse_size(text) <= settings.memory,
         "callback-url": _good_url,
-        "callback-secret": lambda text: not text.startswith("whsec_") or bool(_regex(_BASE64).search(text[6:])),
+        "callback-secret": lambda text: not text.startswith("whsec_") or bool(_is_base64(text[6:])),
+        "base64": _is_base64,
     }
 
 
@@ -546,7 +561,7 @@ def _count(count: int, schema: dict[str, Any], what: str, unit: str, path: list[
 def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
     """The rules between fields. They look at the values of fields that are right by themselves, and at all for presence."""
 
-    def problem(message: str, *path: str) -> dict[str, Any]:
+    def problem(message: str, *path: Any) -> dict[str, Any]:
         return {"path": list(path), "message": message}
 
     sound = {name: value for name, value in body.items() if name not in bad}
@@ -556,7 +571,7 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
     elif isinstance(entrypoint, str) and len(shell_script(setup, entrypoint).encode()) > MAX_ARGUMENT_BYTES:
         yield problem(f"is, with entrypoint and shell quoting, over {MAX_ARGUMENT_BYTES} bytes", "setup")
     if isinstance(entrypoint, list) and not entrypoint[0]:
-        yield problem("must name a program", "entrypoint", "0")
+        yield problem("must name a program", "entrypoint", 0)
     for name, value in sound.get("env", {}).items():
         if len(name) + len(value.encode()) + 1 > MAX_ARGUMENT_BYTES:
             yield problem(f"must have, with its name, at most {MAX_ARGUMENT_BYTES} bytes", "env", name)
@@ -566,7 +581,9 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
         yield problem("needs detached", "callbackUrl")
     if "callbackSecret" in body and "callbackUrl" not in body:
         yield problem("needs callbackUrl", "callbackSecret")
-    folders = {folder for path in files for folder in parent_folders(path)}
+    folders = folders_of(files)
+    if len(folders) > MAX_FOLDERS:
+        yield problem(f"must not need more than {MAX_FOLDERS} folders", "files")
     yield from (problem("is both a file and a folder", "files", path) for path in files if path in folders)
 
 
@@ -632,6 +649,15 @@ def parent_folders(path: str) -> Iterator[str]:
     return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
+def folders_of(paths: Iterable[str]) -> set[str]:
+    """Every folder above these relative paths; not all of them when they are more than MAX_FOLDERS."""
+    folders: set[str] = set()
+    for path in paths:
+        while (path := posixpath.dirname(path)) and path not in folders and len(folders) <= MAX_FOLDERS:
+            folders.add(path)
+    return folders
+
+
 def shell_script(setup: Iterable[str], entrypoint: str) -> str:
     """The setup commands and the entrypoint as one script for `sh -c`. `eval` keeps them in one shell and a syntax error
     in its own command; `case` looks at the exit code without a variable or a parameter that they could see."""
@@ -642,7 +668,7 @@ def normalise_image(reference: str) -> str:
     """A reference with registry, repository and tag or digest written out: `alpine` → `docker.io/library/alpine:latest`.
     The same text goes to the allow-list and to the engine, so that no short form (an id's prefix, say) means two things.
     Rules: github.com/distribution/reference, ParseNormalizedNamed."""
-    if reference.startswith("sha256:"):
+    if is_image_id(reference):
         return reference
     domain, slash, rest = reference.partition("/")
     if not slash or not (set(".:") & set(domain) or domain == "localhost" or domain != domain.lower()):
@@ -652,6 +678,11 @@ def normalise_image(reference: str) -> str:
         rest = "library/" + rest
     tagged = "@" in rest or ":" in rest
     return f"{domain}/{rest}" if tagged else f"{domain}/{rest}:latest"
+
+
+def is_image_id(reference: str) -> bool:
+    """Whether a reference is an image's whole id; `sha256:abc` is a name with a tag."""
+    return bool(re.fullmatch(r"sha256:[a-f0-9]{64}", reference))
 
 
 def matches_any(text: str, patterns: Iterable[str]) -> bool:
@@ -836,6 +867,11 @@ class Run:
         }
         return {name: value for name, value in state.items() if value is not None}
 
+    @classmethod
+    def from_head(cls, head: dict[str, Any], waited: bool) -> Run:
+        """An unfinished run as it was accepted."""
+        return cls(head["id"], head["image"], parse_timestamp(head["createdAt"]), waited, callback=head.get("callback"))
+
     def tail(self) -> dict[str, Any]:
         """The two parts of the state that can be long, kept apart from the head."""
         parts = {"artifacts": self.artifacts, "extracted": self.extracted}
@@ -867,13 +903,18 @@ CREATE TABLE runs (
     id TEXT NOT NULL UNIQUE,
     status TEXT NOT NULL,
     size INTEGER NOT NULL DEFAULT 0,        -- bytes of artifacts, logs and record, counted when the run ended
-    owed INTEGER NOT NULL DEFAULT 0,        -- a callback is still to be delivered
+    waited INTEGER NOT NULL,                -- nobody but a waiting client could receive the result
     begun INTEGER NOT NULL DEFAULT 0,       -- its container may have been started
+    fed INTEGER NOT NULL DEFAULT 0,         -- its stdin was written whole
+    asked TEXT,                             -- JSON of the Ask, when somebody wanted it to end
+    owed INTEGER NOT NULL DEFAULT 0,        -- a callback is still to be delivered
+    due REAL NOT NULL DEFAULT 0,            -- Unix seconds of its next attempt
     key TEXT UNIQUE,                        -- Idempotency-Key
     digest TEXT NOT NULL DEFAULT '',        -- SHA-256 of the body, when there is a key
     head TEXT NOT NULL                      -- JSON of Run.head()
 );
 CREATE INDEX runs_by_status ON runs (status, seq);
+CREATE INDEX runs_owed ON runs (seq) WHERE owed;
 CREATE TABLE details (                      -- apart, so that lists never read past it
     id TEXT PRIMARY KEY REFERENCES runs (id) ON DELETE CASCADE,
     tail TEXT NOT NULL,                     -- JSON of Run.tail()
@@ -885,22 +926,30 @@ CREATE TABLE details (                      -- apart, so that lists never read p
 class Store:
     """The record of every run. A write that was acknowledged to a client survives a power loss (`durable`: an fsync of
     the write-ahead log); the others survive any end of the daemon. Readers have a connection of their own, so that
-    they never wait for a disk. Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous."""
+    they never wait for a disk. Source: sqlite.org/wal.html, sqlite.org/pragma.html#pragma_synchronous.
+
+    What is secret (a request that may have to be started again, a callback that is owed) lies in a file of its own, which
+    is unlinked when it is no longer needed: a database would keep its pages, and its log a copy."""
 
     def __init__(self, state_dir: Path) -> None:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state_dir.chmod(0o700)
-        self._lock_file = _lock_state_dir(state_dir)
-        self._write_lock = threading.Lock()  # guards _writer and _total
+        self._write_lock = threading.Lock()  # guards _writer, _total and _count
         self._read_lock = threading.Lock()  # guards _reader
-        try:
-            self._writer = self._open(state_dir / "lightrun.db")
-            self._prepare()
-            self._reader = self._open(state_dir / "lightrun.db")
-            self.id = str(self._one("SELECT value FROM meta WHERE name = 'state'")[0])
-            self._total, self._count = self._one("SELECT coalesce(sum(size), 0), count(*) FROM runs WHERE status != 'running'")
-        except sqlite3.Error as error:
-            raise StartError(f"{state_dir / 'lightrun.db'}: {error}") from error
+        self._secrets, database = state_dir / "secrets", state_dir / "lightrun.db"
+        with contextlib.ExitStack() as opened:
+            try:
+                for folder in (state_dir, self._secrets):
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    folder.chmod(0o700)
+                opened.enter_context(_locked(state_dir))
+                self._writer = opened.enter_context(contextlib.closing(self._open(database)))
+                self._prepare()
+                self._reader = opened.enter_context(contextlib.closing(self._open(database)))
+                self.id = str(self._one("SELECT value FROM meta WHERE name = 'state'")[0])
+                finished = "SELECT coalesce(sum(size), 0), count(*) FROM runs WHERE status != 'running'"
+                self._total, self._count = self._one(finished)
+            except (OSError, sqlite3.Error, Unavailable) as error:
+                raise StartError(f"{state_dir}: {error}") from error
+            self._opened = opened.pop_all()
 
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
@@ -937,7 +986,10 @@ class Store:
 
     def _all(self, sql: str, *values: Any) -> list[Any]:
         with self._read_lock:
-            return self._reader.execute(sql, values).fetchall()
+            try:
+                return self._reader.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise Unavailable("storage_unavailable", f"the state dir cannot be read: {error}", 5) from error
 
     def _one(self, sql: str, *values: Any) -> Any:
         rows = self._all(sql, *values)
@@ -945,11 +997,60 @@ class Store:
             raise NotFound("there is no such run")
         return rows[0]
 
-    def add(self, run: Run, key: str | None, digest: str) -> None:
-        """Record an accepted run; on disk when this returns, if anybody is promised that it will end."""
-        with self._transaction(durable=not run.waited) as execute:
-            values = run.id, run.callback is not None, key, digest, to_json(run.head()).decode()
-            execute("INSERT INTO runs (id, status, owed, key, digest, head) VALUES (?, 'running', ?, ?, ?, ?)", *values)
+    def add(self, run: Run, key: str | None = None, digest: str = "", request: bytes | None = None) -> None:
+        """Record an accepted run, with its request if it is to survive the daemon: on disk when this returns then."""
+        if request is not None:
+            self._write_secret(run.id, request)
+        try:
+            with self._transaction(durable=request is not None) as execute:
+                execute(
+                    "INSERT INTO runs (id, status, waited, owed, key, digest, head) VALUES (?, 'running', ?, ?, ?, ?, ?)",
+                    run.id, run.waited, run.callback is not None, key, digest, to_json(run.head()).decode(),
+                )  # fmt: skip
+        except Unavailable:
+            self._drop_secret(run.id)
+            raise
+
+    def _write_secret(self, name: str, data: bytes) -> None:
+        """Write a private file, durably. Raises Unavailable."""
+        try:
+            with open(self._secrets / name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.ExitStack() as stack:
+                folder = os.open(self._secrets, os.O_RDONLY)
+                stack.callback(os.close, folder)
+                os.fsync(folder)
+        except OSError as error:
+            self._drop_secret(name)
+            raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error.strerror}", 5) from error
+
+    def _drop_secret(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            (self._secrets / name).unlink()
+
+    def request(self, run_id: str) -> bytes | None:
+        """The stored body of an unfinished run."""
+        with contextlib.suppress(OSError):
+            return (self._secrets / run_id).read_bytes()
+        return None
+
+    def callback(self, run_id: str) -> bytes | None:
+        """What `finish` was given for a callback that is still owed."""
+        return self.request(f"{run_id}.callback")
+
+    def tidy(self, artifacts_root: Path) -> None:
+        """Remove the files and folders of runs that are not there (any more), as a crash can leave them."""
+        known = {run_id for (run_id,) in self._all("SELECT id FROM runs")}
+        needed = {run_id for (run_id,) in self._all("SELECT id FROM runs WHERE status = 'running'")}
+        needed |= {f"{run_id}.callback" for run_id, _, _ in self.owed()}
+        for path in self._secrets.iterdir():
+            if path.name not in needed:
+                self._drop_secret(path.name)
+        for path in artifacts_root.iterdir():
+            if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.partial)?", path.name) and path.name not in known:
+                remove_tree(path)
 
     def find_key(self, key: str) -> tuple[str, str] | None:
         """Id and digest of the run with this idempotency key."""
@@ -961,19 +1062,45 @@ class Store:
         with self._transaction(durable=False) as execute:
             execute("UPDATE runs SET begun = 1 WHERE id = ?", run_id)
 
-    def finish(self, run: Run, frames: bytes) -> None:
-        """Record the end of a run, whole, in one transaction."""
+    def fed(self, run_id: str) -> None:
+        """Record that the run's stdin was written whole."""
+        with self._transaction(durable=False) as execute:
+            execute("UPDATE runs SET fed = 1 WHERE id = ?", run_id)
+
+    def ask(self, run_id: str, asked: str) -> None:
+        """Record what is asked of an unfinished run."""
+        with self._transaction(durable=True) as execute:
+            execute("UPDATE runs SET asked = ? WHERE id = ?", asked, run_id)
+
+    def unfinished(self) -> list[tuple[str, int, int, int, str | None]]:
+        """head, waited, begun, fed and asked of every unfinished run, in the order of acceptance."""
+        return self._all("SELECT head, waited, begun, fed, asked FROM runs WHERE status = 'running' ORDER BY seq")
+
+    def finish(self, run: Run, frames: bytes, callback: bytes | None = None) -> None:
+        """Record the end of a run, whole, in one transaction, with what its callback needs."""
         head, tail = to_json(run.head()).decode(), to_json(run.tail()).decode()
         size = len(head) + len(tail) + len(frames) + sum(entry.get("bytes", 0) for entry in run.artifacts)
+        if callback is not None:
+            self._write_secret(f"{run.id}.callback", callback)
         with self._transaction(durable=True) as execute:
-            execute("UPDATE runs SET status = ?, size = ?, head = ? WHERE id = ?", run.status, size, head, run.id)
+            execute("UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ?", run.status, size, head, run.id)
             execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", run.id, tail, frames)
-        self._total, self._count = self._total + size, self._count + 1
+            self._total, self._count = self._total + size, self._count + 1
+        self._drop_secret(run.id)
 
-    def settle(self, run: Run) -> None:
-        """Record what became of a run's callback."""
-        with self._transaction(durable=True) as execute:
-            execute("UPDATE runs SET owed = 0, head = ? WHERE id = ?", to_json(run.head()).decode(), run.id)
+    def owed(self) -> list[tuple[str, float, str]]:
+        """Id, time of the next attempt and head of every finished run whose callback is owed."""
+        return self._all("SELECT id, due, head FROM runs WHERE owed AND status != 'running' ORDER BY seq")
+
+    def attempted(self, run_id: str, callback: dict[str, Any], due: float | None) -> None:
+        """Record an attempt at a callback; `due` is None when there will be no other."""
+        with self._transaction(durable=False) as execute:
+            row = execute("SELECT head FROM runs WHERE id = ?", run_id).fetchone()
+            if row:
+                head = to_json({**json.loads(row[0]), "callback": callback}).decode()
+                execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", due is not None, due or 0, head, run_id)
+        if due is None:
+            self._drop_secret(f"{run_id}.callback")
 
     def delete(self, run_id: str) -> None:
         """Forget a finished run. Raises NotFound, Conflict."""
@@ -982,7 +1109,8 @@ class Store:
             raise Conflict("the run is still running", "running")
         with self._transaction(durable=True) as execute:
             gone = execute("DELETE FROM runs WHERE id = ? AND status != 'running'", run_id).rowcount
-        self._total, self._count = self._total - size * gone, self._count - gone
+            self._total, self._count = self._total - size * gone, self._count - gone
+        self._drop_secret(f"{run_id}.callback")
 
     def head(self, run_id: str) -> str:
         """The JSON of a run's head. Raises NotFound."""
@@ -1016,12 +1144,10 @@ class Store:
     def close(self) -> None:
         """Close the database and let another daemon have the state dir."""
         with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
-            self._lock_file.close()
+            self._opened.close()
 
 
-def _lock_state_dir(state_dir: Path) -> IO[str]:
+def _locked(state_dir: Path) -> IO[str]:
     """Take the state dir for this process; the kernel gives it back however the process ends."""
     file = (state_dir / "lock").open("a")
     try:
@@ -1196,21 +1322,23 @@ class Log:
                 if self._spooled + len(whole) > MAX_SPOOL_BYTES:
                     raise OSError("too far behind")
                 self._spool.write(whole)
+                self._spool.flush()
                 self._spooled += len(whole)
             except OSError as error:  # its followers are cut off: better than a log with a hole
                 log.warning("followers of a log are cut off: %s", error)
-                self._spool.close()
-                self._spool = None
+                self._close_spool()
         self._changed.notify_all()
 
     def replace(self, pieces: Iterable[bytes]) -> None:
-        """Take the engine's copy for all that was kept; followers go on with what comes."""
-        copy = Log(self._limit)
+        """Take the engine's copy for all that was kept; followers go on with what comes. The copy has room for COPY_FACTOR
+        times the limit and spends up to 28 bytes on a line, so that one that is longer than the limit may have rotated."""
+        copy, copied = Log(self._limit), 0
         for piece in pieces:
             copy.feed(piece)
+            copied += len(piece)
         with self._changed:
             self._data, self._last, self._payload = copy._data, copy._last, copy._payload
-            self._partial, self.truncated = b"", copy.truncated
+            self._partial, self.truncated = b"", copy.truncated or copied > self._limit
 
     def frames(self) -> bytes:
         """What is kept."""
@@ -1229,7 +1357,7 @@ class Log:
         with self._changed:
             self._followers += 1
             if self._spool is None:
-                self._spool, self._spooled = tempfile.TemporaryFile(buffering=0), 0  # noqa: SIM115  # closed below
+                self._spool, self._spooled = tempfile.TemporaryFile(), 0  # noqa: SIM115  # closed below
             kept, spool, offset, rest = self.frames(), self._spool, self._spooled, b""
         try:
             yield kept
@@ -1250,9 +1378,14 @@ class Log:
         finally:
             with self._changed:
                 self._followers -= 1
-                if not self._followers and self._spool:
-                    self._spool.close()
-                    self._spool = None
+                if not self._followers:
+                    self._close_spool()
+
+    def _close_spool(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._spool:
+                self._spool.close()
+        self._spool = None
 
 
 class LogGap(Exception):
@@ -1288,11 +1421,10 @@ def files_tar(workdir: str, files: Mapping[str, bytes], shared: bool, now: float
     program of the image to unpack it (CVE-2026-41567). Everybody may change what it holds, since the image may run as
     any user; `shared` opens the workdir too. Without it the workdir is left as the image has it, a link included."""
     root = workdir[1:]
-    folders = {folder for path in files for folder in parent_folders(path)}
     parts = [_tar_header("./", mode=0o755, modified=now)]
     if shared or not files:
         parts.append(_tar_header(f"{root}/", modified=now))
-    parts += [_tar_header(f"{root}/{folder}/", modified=now) for folder in sorted(folders)]
+    parts += [_tar_header(f"{root}/{folder}/", modified=now) for folder in sorted(folders_of(files))]
     for path, content in files.items():
         parts += [_tar_header(f"{root}/{path}", len(content), modified=now), content, _tar_padding(len(content))]
     return b"".join([*parts, TAR_END])
@@ -1462,6 +1594,7 @@ class Image:
 class ContainerState:
     """What the engine says of a container. Times in Unix seconds; `started` None when it never was."""
 
+    image_id: str
     running: bool
     started: float | None
     exit_code: int
@@ -1665,8 +1798,7 @@ class Engine:
             return str(api.create_container_from_config(config, f"lightrun-{run_id}")["Id"])
 
     def _host_config(self, request: RunRequest) -> dict[str, Any]:
-        # The engine's copy of the log spends up to 28 bytes a line on top; only recovery reads it.
-        copy_bytes = 4 * self._settings.log_limit
+        copy_bytes = COPY_FACTOR * self._settings.log_limit
         return {
             "CapDrop": ["ALL"],
             "CapAdd": CAPABILITIES,
@@ -1710,9 +1842,10 @@ class Engine:
     def inspect(self, container: str) -> ContainerState:
         """The engine's word on a container, by id or name. Raises EngineMissing."""
         with self._call("inspect the container") as api:
-            state = api.inspect_container(container)["State"]
+            about = api.inspect_container(container)
+        state = about["State"]
         started = None if state["StartedAt"].startswith("0001-") else parse_timestamp(state["StartedAt"])
-        return ContainerState(state["Running"], started, state["ExitCode"], state["OOMKilled"])
+        return ContainerState(about["Image"], state["Running"], started, state["ExitCode"], state["OOMKilled"])
 
     def wait(self, container: str, seconds: float) -> ContainerState:
         """Wait up to `seconds` for the container's exit; its state then."""
@@ -1766,65 +1899,169 @@ def signature(secret: str, body: bytes) -> str:
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
+def webhook_headers(secret: str, run_id: str, body: bytes, now: float) -> dict[str, str]:
+    """The headers of the Standard Webhooks specification, for a secret of the form `whsec_<base64>`."""
+    content = f"{run_id}.{int(now)}.".encode() + body
+    digest = hmac.new(base64.b64decode(secret.removeprefix("whsec_")), content, hashlib.sha256).digest()
+    return {
+        "webhook-id": run_id,
+        "webhook-timestamp": str(int(now)),
+        "webhook-signature": "v1," + base64.b64encode(digest).decode(),
+    }
+
+
 class CallbackError(Exception):
-    """An attempt that was not answered with 2xx, in words for `lastError`."""
+    """An attempt that was not answered with 2xx, in words for `lastError`; `retry` when another one may succeed, not
+    before `after` seconds."""
+
+    def __init__(self, message: str, retry: bool, after: float = 0) -> None:
+        super().__init__(message)
+        self.retry, self.after = retry, after
 
 
 def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str, ...]) -> None:
     """POST once. Redirects and the environment's proxies are not followed, the answer's body is not read. Raises
     CallbackError."""
     parts = urllib.parse.urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    tls, host = parts.scheme == "https", parts.hostname or ""
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, parts.port, timeout=CALLBACK_SECONDS)
     try:
-        with contextlib.closing(_connect(host, port, parts.scheme == "https", allow)) as connection:
-            connection.request("POST", target, body, {"Content-Type": "application/json", **headers})
-            status = connection.getresponse().status
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
-        raise CallbackError(f"no answer: {type(error).__name__}") from error
-    if not 200 <= status < 300:
-        raise CallbackError(f"answered {status}")
+        sock = _connect(host, connection.port, allow)
+        guard = threading.Timer(CALLBACK_SECONDS, _shut, [sock])  # an answer that trickles would take longer
+        guard.start()
+        try:
+            connection.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host) if tls else sock
+            connection.request("POST", target, body, {"Content-Type": JSON, "User-Agent": "lightrun", **headers})
+            response = connection.getresponse()
+        finally:
+            guard.cancel()
+            connection.close()
+            sock.close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
+    if not 200 <= response.status < 300:
+        retry = response.status in {408, 425, 429} or response.status >= 500
+        after = retry_after(response.headers.get("Retry-After", ""), time.time())
+        raise CallbackError(f"answered {response.status}", retry, after)
 
 
-def _connect(host: str, port: int, tls: bool, allow: tuple[str, ...]) -> http.client.HTTPConnection:
+def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
     """A connection whose address was judged after its name was resolved, so that no name leads to a metadata service."""
     if not callback_host_allowed(host, allow):
-        raise CallbackError("the host is not one that --callback-allow names")
+        raise CallbackError("the host is not one that --callback-allow names", retry=False)
     sock = socket.create_connection((host, port), CALLBACK_SECONDS)
     if not allow and is_link_local(sock.getpeername()[0]):
         sock.close()
-        raise CallbackError("the host's address is link-local")
-    if tls:
-        sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
-    connection = http.client.HTTPConnection(host, port, timeout=CALLBACK_SECONDS)
-    if port == 443 and tls:
-        connection.default_port = 443  # the Host header then leaves it out
-    connection.sock = sock
-    return connection
+        raise CallbackError("the host's address is link-local", retry=False)
+    return sock
+
+
+def _shut(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def retry_after(header: str, now: float) -> float:
+    """Seconds that a Retry-After header asks for, bounded; 0 for none (RFC 9110, 10.2.3)."""
+    if re.fullmatch(r"\d{1,9}", header, re.ASCII):
+        seconds = float(header)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
+        except (ValueError, TypeError, OverflowError):
+            return 0
+    return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS)
+
+
+@dataclasses.dataclass(order=True)
+class Delivery:
+    """A callback that is owed, in the order in which they fall due."""
+
+    due: float
+    run_id: str
+    attempts: int = dataclasses.field(compare=False)
+    receiver: str = dataclasses.field(default="", compare=False)
 
 
 class Callbacks:
-    """Sends the final state of detached runs to whoever asked for it."""
+    """The outbox: every finished run that asked for it is told, in attempts that outlive the daemon. A receiver that is
+    slow or dead fills only its own few places."""
 
     def __init__(self, store: Store, allow: tuple[str, ...]) -> None:
         self._store, self._allow = store, allow
+        self._changed = threading.Condition()  # guards all below
+        self._due: list[Delivery] = []  # a heap
+        self._parked: dict[str, collections.deque[Delivery]] = {}  # due, behind others to the same receiver
+        self._busy: collections.Counter[str] = collections.Counter()
+        self._failing: set[str] = set()
+        for run_id, due, head in store.owed():
+            self.owe(run_id, due, json.loads(head)["callback"]["attempts"])
+        threading.Thread(target=self._dispatch, name="callbacks", daemon=True).start()
 
-    def send(self, run: Run, request: RunRequest, body: bytes) -> None:
-        """Deliver from a thread of its own: a slow receiver holds up no run."""
-        threading.Thread(target=self._attempt, args=(run, request, body), name="callback", daemon=True).start()
+    @staticmethod
+    def packed(request: RunRequest, body: bytes) -> bytes:
+        """What the store keeps for a callback."""
+        return to_json({"url": request.callback_url, "secret": request.callback_secret}) + b"\n" + body
 
-    def _attempt(self, run: Run, request: RunRequest, body: bytes) -> None:
-        headers = {"X-Light-Run-Id": run.id, "X-Light-Run-Attempt": "1"}
-        if request.callback_secret:
-            headers["X-Light-Run-Signature"] = signature(request.callback_secret, body)
+    def owe(self, run_id: str, due: float = 0, attempts: int = 0) -> None:
+        """Deliver what the store keeps for this run, from Unix time `due` on."""
+        with self._changed:
+            heapq.heappush(self._due, Delivery(due, run_id, attempts))
+            self._changed.notify()
+
+    def _dispatch(self) -> None:
+        while True:
+            with self._changed:
+                while not self._due or self._due[0].due > time.time() or self._busy.total() >= MAX_DELIVERIES:
+                    self._changed.wait(max(0.05, self._due[0].due - time.time()) if self._due else None)
+                delivery = heapq.heappop(self._due)
+                packed = self._store.callback(delivery.run_id)
+                if packed is None:  # deleted meanwhile
+                    continue
+                about, body = json.loads(packed.partition(b"\n")[0]), packed.partition(b"\n")[2]
+                delivery.receiver = urllib.parse.urlsplit(about["url"]).netloc.lower()
+                limit = 1 if delivery.receiver in self._failing else MAX_DELIVERIES_EACH
+                if self._busy[delivery.receiver] >= limit:
+                    self._parked.setdefault(delivery.receiver, collections.deque()).append(delivery)
+                    continue
+                self._busy[delivery.receiver] += 1
+            threading.Thread(target=self._attempt, args=(delivery, about, body), name="callback", daemon=True).start()
+
+    def _attempt(self, delivery: Delivery, about: dict[str, str], body: bytes) -> None:
+        run_id, attempts = delivery.run_id, delivery.attempts + 1
+        outcome: dict[str, Any] = {"status": "delivered", "attempts": attempts}
+        due = None
         try:
-            deliver(str(request.callback_url), body, headers, self._allow)
-            run.callback = {"status": "delivered", "attempts": 1}
+            deliver(about["url"], body, self._headers(run_id, attempts, about["secret"], body), self._allow)
         except CallbackError as error:
-            log.warning("callback of run %s: %s", run.id, error)
-            run.callback = {"status": "failed", "attempts": 1, "lastError": str(error)}
-        with contextlib.suppress(Unavailable):
-            self._store.settle(run)
+            log.warning("callback of run %s, attempt %d: %s", run_id, attempts, error)
+            if error.retry and attempts <= len(CALLBACK_DELAYS):
+                due = time.time() + max(CALLBACK_DELAYS[attempts - 1] * random.uniform(1, 1.25), error.after)
+            outcome = {"status": "failed" if due is None else "pending", "attempts": attempts, "lastError": str(error)}
+        try:
+            self._store.attempted(run_id, outcome, due)
+        except Unavailable as error:  # told again after a restart, rather than never
+            log.error("callback of run %s: %s", run_id, error)
+        with self._changed:
+            self._busy -= collections.Counter([delivery.receiver])
+            (self._failing.discard if outcome["status"] == "delivered" else self._failing.add)(delivery.receiver)
+            parked = self._parked.get(delivery.receiver)
+            if parked:
+                heapq.heappush(self._due, parked.popleft())
+            else:
+                self._parked.pop(delivery.receiver, None)
+            self._changed.notify()
+        if due is not None:
+            self.owe(run_id, due, attempts)
+
+    @staticmethod
+    def _headers(run_id: str, attempts: int, secret: str | None, body: bytes) -> dict[str, str]:
+        headers = {"X-Light-Run-Id": run_id, "X-Light-Run-Attempt": str(attempts)}
+        if secret:
+            headers["X-Light-Run-Signature"] = signature(secret, body)
+            headers |= webhook_headers(secret, run_id, body, time.time()) if secret.startswith("whsec_") else {}
+        return headers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1881,6 +2118,10 @@ class Ask:
     reason: str
     signal: str = "SIGKILL"
     grace: float = RETRY_SECONDS
+    why: str = "the run was ended before its command started"  # said when that is so
+
+
+BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*",))
 
 
 class Job:
@@ -1890,9 +2131,13 @@ class Job:
         self.run, self.request, self.log = run, request, Log(log_limit)
         self.done = threading.Event()
         self.container = f"lightrun-{run.id}"
+        self.clients = 0  # that wait for the end; guarded by the runner's lock
+        self.begun = False  # the container may have been started
+        self.fed = request.stdin is None  # stdin was written whole
+        self.recovered = False  # there may be a container already, whose output nobody has read
+        self.relaunched = False
         self.output: Output | None = None
         self.pull: Pull | None = None
-        self.recovered = False  # the attach stream was lost; the log comes from the engine's copy
         self.taken: str | None = None  # the reason whose signal the engine took
         self._entered = time.monotonic()
         self._lock = threading.Lock()  # guards asked and the pipe
@@ -1916,7 +2161,7 @@ class Job:
     def check(self) -> None:
         """Raises RunEnds when the run should not go on to its start."""
         if self.asked:
-            raise RunEnds(self.asked.reason, "the run was ended before its container started")
+            raise RunEnds(self.asked.reason, self.asked.why)
 
     def enter(self, phase: str) -> None:
         """Go on to a phase; the time spent in the last one is noted."""
@@ -1927,8 +2172,9 @@ class Job:
 
     def state(self) -> dict[str, Any]:
         """The state as it is now."""
+        kept = self.log.frames()
         head = dataclasses.replace(self.run, logs_truncated=self.run.logs_truncated or self.log.truncated).head()
-        return whole_state(head, self.run.tail(), log_lines(self.log.frames()))
+        return whole_state(head, self.run.tail(), log_lines(kept))
 
     def close(self) -> None:
         """Let go of what a finished run does not need."""
@@ -1978,25 +2224,25 @@ class Runner:
         self._stopping = False
         self._engine_up = True
         self._untidy = threading.Event()  # tells the housekeeper that the engine is absent or holds what should be gone
-        threading.Thread(target=self._housekeeping, name="housekeeper", daemon=True).start()
 
     # -- taking runs in, and looking at them
 
-    def submit(self, request: RunRequest, key: str | None = None, digest: str = "") -> str:
+    def submit(self, request: RunRequest, raw: bytes, key: str | None = None) -> str:
         """Accept a run, whose id this returns: it is recorded then. With the idempotency key of another run, that one's
-        id, if the digest of the body is the same. Raises Unavailable, Conflict."""
+        id, if the body is the same. Raises Unavailable, Conflict."""
         if key is None:
-            return self._accept(request, None, digest)
+            return self._accept(request, raw, None, "")
+        digest = hashlib.sha256(raw).hexdigest()
         with self._key_lock:
             known = self._store.find_key(key)
             if known is None:
-                return self._accept(request, key, digest)
+                return self._accept(request, raw, key, digest)
         run_id, known_digest = known
         if known_digest != digest:
             raise Conflict("the Idempotency-Key belongs to a run with another body")
         return run_id
 
-    def _accept(self, request: RunRequest, key: str | None, digest: str) -> str:
+    def _accept(self, request: RunRequest, raw: bytes, key: str | None, digest: str) -> str:
         with self._lock:
             if self._stopping:
                 raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
@@ -2010,7 +2256,7 @@ class Runner:
         run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
         job = Job(run, request, self._settings.log_limit)
         try:
-            self._store.add(run, key, digest)
+            self._store.add(run, key, digest, None if waited else raw)
         except BaseException:
             job.close()
             with self._lock:
@@ -2019,10 +2265,47 @@ class Runner:
         with self._lock:
             self._jobs[run.id] = job
             self._queue.append(job)
-            if self._workers < self._settings.max_concurrent:
-                self._workers += 1
-                self._spawn(self._work)
+            self._hire()
         return run.id
+
+    def _hire(self) -> None:
+        """Under the lock: one more worker, if there may be one."""
+        if self._workers < self._settings.max_concurrent:
+            self._workers += 1
+            self._spawn(self._work)
+
+    def recover(self) -> None:
+        """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
+        in their order."""
+        for head, waited, begun, fed, asked in self._store.unfinished():
+            run = Run.from_head(json.loads(head), bool(waited))
+            raw = self._store.request(run.id) or to_json({"image": run.image})
+            job = Job(run, RunRequest.parse(raw, BOUNDLESS), self._settings.log_limit)
+            job.begun, job.fed, job.recovered = bool(begun), bool(fed) or job.request.stdin is None, True
+            if asked:
+                job.ask(Ask(**json.loads(asked)))
+            elif waited:
+                job.ask(Ask("interrupted"))
+            elif not begun:
+                self._judge_again(job, raw)
+            with self._lock:
+                self._places += 1
+                self._jobs[run.id] = job
+                if job.begun or job.asked:
+                    self._workers += 1
+                    self._spawn(self._work, job)
+                else:
+                    self._queue.append(job)
+                    self._hire()
+        self._untidy.set()  # an earlier daemon may have left containers without a run
+        threading.Thread(target=self._housekeeping, name="housekeeper", daemon=True).start()
+
+    def _judge_again(self, job: Job, raw: bytes) -> None:
+        """A run that was accepted under other limits must keep to those of today, if it has not begun."""
+        try:
+            job.request = RunRequest.parse(raw, self._settings)
+        except LightrunError as error:
+            job.ask(Ask("start_failed", why=f"refused when it was taken up again: {error or error.more}"))
 
     @staticmethod
     def _spawn(target: Callable[..., None], *arguments: Any) -> None:
@@ -2045,6 +2328,8 @@ class Runner:
             self._store.head(run_id)
             raise Conflict("the run has ended", "not_running")
         job.ask(ask)
+        if not job.run.waited:
+            self._store.ask(run_id, to_json(dataclasses.asdict(ask)).decode())
         with self._lock:
             queued = job in self._queue
             if queued:
@@ -2052,33 +2337,46 @@ class Runner:
         if queued:
             self._spawn(self._execute, job)
 
-    def abandon(self, job: Job) -> None:
-        """A client of this run has gone; unless others may still come for the result, so has the reason to run it."""
-        if job.run.waited:
-            with contextlib.suppress(Conflict, NotFound):
-                self.ask(job.run.id, Ask("cancelled"))
+    @contextlib.contextmanager
+    def attended(self, job: Job | None) -> Iterator[None]:
+        """A client waits for this run. With the last one goes the reason to run it, unless it can be asked for later."""
+        if job is None:
+            yield
+            return
+        with self._lock:
+            job.clients += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                job.clients -= 1
+                deserted = not job.clients and job.run.waited
+            if deserted:
+                with contextlib.suppress(Conflict, NotFound):  # it has ended
+                    self.ask(job.run.id, Ask("cancelled"))
 
     # -- one run
 
-    def _work(self) -> None:
+    def _work(self, job: Job | None = None) -> None:
         """A worker: one run after the other until none is queued."""
         while True:
+            if job:
+                self._execute(job)
             with self._lock:
-                if not self._queue:
+                if not self._queue or self._workers > self._settings.max_concurrent:
                     self._workers -= 1
                     return
                 job = self._queue.popleft()
-            self._execute(job)
 
     def _execute(self, job: Job) -> None:
         """One run from its place to its last trace."""
         try:
-            self._launch(job)
+            while not job.begun:
+                self._launch(job)
             ending = self._see_to_end(job)
         except RunEnds as end:
             ending = {"reason": end.reason, "error": str(end)}
         except EngineAbsent as error:
-            self._untidy.set()
             ending = {"reason": "engine_error", "error": str(error)}
         except Exception:
             log.exception("run %s", job.run.id)
@@ -2091,41 +2389,71 @@ class Runner:
             self._untidy.set()
         with self._lock:
             self._places -= 1
-        self._evictor.evict(job.run.id)
+        with contextlib.suppress(Unavailable):  # the next run tries again
+            self._evictor.evict(job.run.id)
 
     def _launch(self, job: Job) -> None:
-        """pull, create, put, attach, start."""
-        request = job.request
-        job.check()
-        job.enter("starting")
-        image = self._image(job)
-        job.run.image_id = image.id
-        for last_try in (False, True):
-            try:
-                job.container = self._engine.create(job.run.id, image, request)
-                if request.files or not image.root:
-                    self._engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
-                job.output = self._engine.attach(job.container)
-                stdin = None if request.stdin is None else self._engine.open_stdin(job.container)
-                self._start(job)
-                break
-            except EngineAbsent:
-                raise
-            except EngineError as error:
-                if last_try or not isinstance(error, EngineMissing):
-                    raise RunEnds("start_failed", str(error)) from error
-                self._engine.forget_network()  # pruned since it was last used, most likely
-                self._engine.remove(job.container)
-        if stdin:
-            self._spawn(_feed, stdin, request.stdin)
-
-    def _start(self, job: Job) -> None:
-        job.check()
-        self._store.begin(job.run.id)
+        """pull, create, put, attach, start. When this returns without `begun`, it is to be done again: the engine went
+        away, or the network did, before the command could start."""
+        request, engine = job.request, self._engine
         try:
-            self._engine.start(job.container)
-        except EngineAbsent:  # it may have started: what follows looks
-            job.recovered = True
+            job.check()
+            job.enter("starting")
+            image = self._image(job)
+            job.run.image_id = image.id
+            if job.recovered:
+                engine.remove(job.container)
+                job.recovered = False
+            job.container = engine.create(job.run.id, image, request)
+            if request.files or not image.root:
+                engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
+            job.output = engine.attach(job.container)
+            stdin = None if request.stdin is None else engine.open_stdin(job.container)
+            job.check()
+            self._insist(job, lambda: self._store.begin(job.run.id))
+            job.begun = True
+            engine.start(job.container)
+            if stdin:
+                self._spawn(self._feed, job, stdin)
+        except EngineAbsent as error:
+            self._mind_absence(job, error)  # if it was asked to start, what follows looks whether it did
+        except EngineError as error:
+            if job.relaunched or not isinstance(error, EngineMissing):
+                raise RunEnds("start_failed", str(error)) from error
+            engine.forget_network()  # pruned since it was last used, most likely
+            job.begun, job.recovered, job.relaunched = False, True, True
+
+    def _insist(self, job: Job, write: Callable[[], None]) -> None:
+        """Write to the store, again and again while its disk is full."""
+        while True:
+            try:
+                return write()
+            except Unavailable as error:
+                log.error("run %s: %s", job.run.id, error)
+                time.sleep(RETRY_SECONDS)
+
+    def _mind_absence(self, job: Job, error: EngineAbsent) -> None:
+        """Wait until the engine is back. Raises RunEnds, EngineAbsent for a run that cannot wait or need not."""
+        log.warning("run %s: %s", job.run.id, error)
+        self._untidy.set()
+        job.recovered = True
+        if job.output:
+            job.output.close()
+        while not self._answers():
+            if not job.begun:
+                job.check()
+            if job.run.waited and not job.begun:
+                raise error
+            time.sleep(RETRY_SECONDS)
+
+    def _feed(self, job: Job, stdin: Any) -> None:
+        """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
+        with contextlib.closing(stdin), contextlib.suppress(OSError, Unavailable):
+            stdin.sendall(job.request.stdin)
+            stdin.shutdown(socket.SHUT_WR)
+            job.fed = True
+            if not job.run.waited:
+                self._store.fed(job.run.id)
 
     def _image(self, job: Job) -> Image:
         """The run's image, pulled if need be. Raises RunEnds."""
@@ -2133,7 +2461,7 @@ class Runner:
             if self._settings.pull != "always":
                 with contextlib.suppress(EngineMissing):
                     return self._engine.image(job.request.reference)
-            if self._settings.pull == "never" or job.request.reference.startswith("sha256:"):
+            if self._settings.pull == "never" or is_image_id(job.request.reference):
                 raise RunEnds("pull_failed", f"there is no image {job.request.reference} and it is not to be pulled")
             job.enter("pulling")
             self._pull(job)
@@ -2173,26 +2501,33 @@ class Runner:
         """read to the end → wait → extract, as often as the engine goes away in between."""
         while True:
             try:
-                state = self._watch(job)
-                return self._conclude(job, state)
+                return self._conclude(job, self._watch(job))
             except EngineMissing as error:
                 raise RunEnds("lost", "the container vanished") from error
             except EngineAbsent as error:
-                log.warning("run %s: %s; waiting for it", job.run.id, error)
-                job.recovered, job.output = True, None
-                self._untidy.set()
-                while not self._answers():
-                    time.sleep(RETRY_SECONDS)
+                self._mind_absence(job, error)
+
+    def _readopt(self, job: Job, state: ContainerState) -> None:
+        """Take up a container whose output nobody has read for a while, or which may not have been started."""
+        if not job.fed:
+            job.ask(Ask("interrupted"))
+        if state.started is None:
+            job.check()
+            job.output = self._engine.attach(job.container)
+            self._engine.start(job.container)
+        elif state.running:  # for those who look now; what is kept is read again at the end
+            job.log.replace(self._engine.logs(job.container))
+            job.output = self._engine.attach(job.container)
 
     def _watch(self, job: Job) -> ContainerState:
         """Read to the end of the output and of the container, and send the signals that fall due meanwhile."""
         state = self._engine.inspect(job.container)
+        if job.recovered:
+            self._readopt(job, state)
+            state = self._engine.inspect(job.container)
         if state.started is None:
-            raise RunEnds("engine_error", "the engine went away before the container had started")
-        if job.recovered and state.running:  # what followers see until the end; what is kept is read again then
-            job.log.replace(self._engine.logs(job.container))
-            job.output = self._engine.attach(job.container)
-        job.run.started = state.started
+            raise RunEnds("engine_error", "the engine does not say when the container started")
+        job.run.image_id, job.run.started = state.image_id, state.started
         job.enter("running")
         kill_at = time.monotonic() + state.started + job.request.timeout - time.time()
         heeded: Ask | None = None
@@ -2215,6 +2550,8 @@ class Runner:
         """What became of a container that has exited, and what it leaves."""
         if job.recovered:
             job.log.replace(self._engine.logs(job.container))
+        if job.recovered and not job.fed:  # it may have taken the loss for the end of its input
+            job.taken = job.taken or "interrupted"
         reason = job.taken or ("oom" if state.oom_killed and state.exit_code else "exited")
         ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed}
         ending["error"] = {
@@ -2262,15 +2599,12 @@ class Runner:
         """Put the end on disk, however long that takes, and only then tell it."""
         job.enter(job.run.phase)
         frames = job.log.frames()
-        truncated = job.log.truncated or job.recovered
-        run = dataclasses.replace(job.run, finished=time.time(), logs_truncated=truncated, **ending)
-        while True:
-            try:
-                self._store.finish(run, frames)
-                break
-            except Unavailable as error:
-                log.error("run %s has ended, but: %s", run.id, error)
-                time.sleep(RETRY_SECONDS)
+        run = dataclasses.replace(job.run, finished=time.time(), logs_truncated=job.log.truncated, **ending)
+        state = whole_state({**run.head(), "callback": None}, run.tail(), log_lines(frames)) if run.callback else None
+        packed = Callbacks.packed(job.request, to_json(state)) if state else None
+        self._insist(job, lambda: self._store.finish(run, frames, packed))
+        if job.recovered and not run.artifacts:
+            remove_tree(self._settings.artifacts_root() / run.id)  # of an extraction that was cut short
         with self._lock:
             del self._jobs[run.id]
         job.run = run
@@ -2279,9 +2613,7 @@ class Runner:
         job.close()
         log.info("run %s %s (%s)", run.id, run.status, run.reason)
         if run.callback:
-            state = job.state()
-            del state["callback"]
-            self._callbacks.send(run, job.request, to_json(state))
+            self._callbacks.owe(run.id)
 
     # -- the engine's absence
 
@@ -2310,23 +2642,16 @@ class Runner:
         """Take no more runs, give those with a waiting client some seconds, then kill them. The others go on without us."""
         with self._lock:
             self._stopping = True
-            waited = [job for job in self._jobs.values() if job.run.waited]
+            attended = [job for job in self._jobs.values() if not job.request.detached]
         deadline = time.monotonic() + seconds
-        for job in waited:
+        for job in attended:
             job.done.wait(max(0.0, deadline - time.monotonic()))
-        left = [job for job in waited if not job.done.is_set()]
+        left = [job for job in attended if job.run.waited and not job.done.is_set()]
         for job in left:
             with contextlib.suppress(LightrunError):
                 self.ask(job.run.id, Ask("interrupted"))
         for job in left:
             job.done.wait(seconds)
-
-
-def _feed(sock: Any, data: bytes) -> None:
-    """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
-    with contextlib.closing(sock), contextlib.suppress(OSError):
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2424,7 +2749,6 @@ LIST_QUERY: dict[str, dict[str, Any]] = {
     "before": {"type": "string", "minLength": 1, "maxLength": 100},
 }
 WAIT_QUERY = {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}
-JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2643,6 +2967,8 @@ class Api:
         self._runner, self._evictor = runner, evictor
         self._root = settings.artifacts_root()
         self._places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
+        self._health_lock = threading.Lock()  # held while the engine is asked
+        self._engine_about: dict[str, str] | None = None
         self._http_error: type[Exception] = bottle.HTTPError
         self._router = bottle.Bottle()
         for route in ROUTES:
@@ -2704,13 +3030,18 @@ class Api:
 
     def health(self, call: Call) -> Answer:
         """GET /health"""
+        if self._health_lock.acquire(blocking=False):  # one question at a time: a hung engine must not take all threads
+            try:
+                self._engine_about = self._engine.version()
+            except EngineError:
+                self._engine_about = None
+            finally:
+                self._health_lock.release()
         running, queued = self._runner.counts()
         about = {"version": __version__, "runs": {"running": running, "queued": queued}}
-        try:
-            engine = self._engine.version()
-        except EngineError:
+        if self._engine_about is None:
             return json_answer({"status": "unavailable", "docker": False, **about}, 503)
-        return json_answer({"status": "ok", "docker": True, **about, "engine": engine})
+        return json_answer({"status": "ok", "docker": True, **about, "engine": self._engine_about})
 
     def openapi(self, call: Call) -> Answer:
         """GET /openapi.json"""
@@ -2723,29 +3054,25 @@ class Api:
         key = call.header("Idempotency-Key") or None
         if key and not (len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
-        digest = hashlib.sha256(raw).hexdigest() if key else ""
         if request.detached:
-            run_id = self._runner.submit(request, key, digest)
+            run_id = self._runner.submit(request, raw, key)
             state = {"id": run_id, "status": self._head(run_id)["status"], "url": f"/runs/{run_id}"}
             return json_answer(state, 202, Location=state["url"])
         with contextlib.ExitStack() as place:
             place.enter_context(self._place())
-            run_id = self._runner.submit(request, key, digest)
+            run_id = self._runner.submit(request, raw, key)
             job = self._runner.job(run_id)
+            place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
-                if job:
-                    place.callback(self._runner.abandon, job)
                 return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
             self._wait(call, job, math.inf)
             return json_answer(job.state() if job else self._state(run_id))
 
     def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
-        """Until the run has ended, the time is up or the client has gone; a run that only this client waited for then
-        has nobody left."""
+        """Until the run has ended, the time is up or the client has gone."""
         deadline = time.monotonic() + seconds
         while job and (left := deadline - time.monotonic()) > 0 and not job.done.wait(min(left, DISCONNECT_POLL_SECONDS)):
             if call.gone():
-                self._runner.abandon(job)
                 return
 
     def _live(self, run_id: str, job: Job | None) -> Generator[bytes, None, None]:
@@ -2795,7 +3122,7 @@ class Api:
         """GET /runs/<id>"""
         job = self._runner.job(run_id)
         if job and call.query.get("wait"):
-            with self._place():
+            with self._place(), self._runner.attended(job):
                 self._wait(call, job, call.query["wait"] / 1000)
         return json_answer(job.state() if job else self._state(run_id))
 
@@ -2860,10 +3187,10 @@ class Api:
         """GET /runs/<id>/artifacts/<path>"""
         if ".." in path.split("/"):
             raise BadRequest("a path must not have .. segments")
-        kept = self._artifacts(run_id)
-        path = path.removesuffix("/")
-        file = open_artifact(self._root / run_id, path)
-        if file:
+        kept, path = self._artifacts(run_id), path.removesuffix("/")
+        if all(entry["path"] != path for entry in kept):
+            raise NotFound("there is no such artifact")
+        if file := open_artifact(self._root / run_id, path):
             return file_answer(call, file, posixpath.basename(path))
         return json_answer([entry for entry in kept if posixpath.dirname(entry["path"]) == path])
 
@@ -3046,6 +3373,8 @@ class Daemon:
         evictor = Evictor(self._store, settings)
         self._runner = Runner(settings, self._store, self._engine, evictor, Callbacks(self._store, settings.callback_allow))
         self._socket = listen(settings)
+        self._store.tidy(settings.artifacts_root())
+        self._runner.recover()
         loopback = self._socket.family == socket.AF_UNIX or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
         if not tokens:
             log.log(logging.INFO if loopback else logging.WARNING, "no --token: whoever can connect can run containers")
