@@ -263,8 +263,8 @@ def _one_of(*words: str) -> Callable[[str], str]:
 
 
 def _text(text: str) -> str:
-    if not text or "\0" in text:
-        raise ValueError("must not be empty")
+    if not text or text != text.strip() or not text.isprintable():
+        raise ValueError("must be printable text, not empty, without spaces around it")
     return text
 
 
@@ -285,8 +285,9 @@ def _cpus(text: str) -> float:
 
 
 def _docker_host(text: str) -> str:
-    if not text.startswith(("unix://", "tcp://", "http://", "https://")):
-        raise ValueError("must be unix://… or tcp://…")
+    url = urllib.parse.urlsplit(_text(text))
+    if not (url.scheme == "unix" and url.path) and not (url.scheme == "tcp" and url.hostname and url.port):
+        raise ValueError("must be unix:///path or tcp://host:port")
     return text
 
 
@@ -327,7 +328,7 @@ class Settings:
     allow_image: tuple[str, ...] = option(_text, (), "image pattern, as in docker.io/library/*; repeatable", "any")
     allow_network: tuple[str, ...] = option(_text, (), "network pattern; repeatable", "none")
     callback_allow: tuple[str, ...] = option(_text, (), "callback host pattern; repeatable", "any but link-local")
-    docker_host: str | None = option(_docker_host, None, "engine, unix://… or tcp://…", "DOCKER_HOST or local")
+    docker_host: str | None = option(_docker_host, None, "engine: unix:///path or tcp://host:port", "DOCKER_HOST or local")
     log_format: str = option(_one_of("text", "json"), "text", "text, or json: one object a line")
 
     def artifacts_root(self) -> Path:
@@ -775,8 +776,12 @@ def _content(value: str | dict[str, str]) -> bytes:
 
 
 def callback_host_allowed(host: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a callback may go to this host: named by a pattern or, without patterns, not link-local."""
-    return matches_any(host.lower(), patterns) if patterns else not is_link_local(host)
+    """Whether a callback may go to this host: any without patterns, but a link-local address only when a pattern that does
+    not begin with a wildcard names it."""
+    if is_link_local(host):
+        patterns = tuple(pattern for pattern in patterns if pattern[0] not in "*?[")
+        return matches_any(host.lower(), patterns)
+    return not patterns or matches_any(host.lower(), patterns)
 
 
 def is_link_local(host: str) -> bool:
@@ -1887,7 +1892,9 @@ class Engine:
         """Id and run id of every container of this state dir."""
         with self._call("list the containers") as api:
             found = api.containers(all=True, filters={"label": [f"{LABEL_STATE}={self._state_id}"]})
-        return [(about["Id"], about["Labels"].get(LABEL_RUN, "")) for about in found]
+        runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
+        # An image can carry any label, and somebody else may run it; but the name is ours alone.
+        return [(container, run_id) for container, run_id, names in runs if names == [f"/lightrun-{run_id}"]]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Callbacks
@@ -1951,7 +1958,8 @@ def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
     if not callback_host_allowed(host, allow):
         raise CallbackError("the host is not one that --callback-allow names", retry=False)
     sock = socket.create_connection((host, port), CALLBACK_SECONDS)
-    if not allow and is_link_local(sock.getpeername()[0]):
+    address = sock.getpeername()[0]
+    if is_link_local(address) and not callback_host_allowed(address, allow):
         sock.close()
         raise CallbackError("the host's address is link-local", retry=False)
     return sock
@@ -2411,17 +2419,17 @@ class Runner:
             stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
             self._insist(job, lambda: self._store.begin(job.run.id))
-            job.begun = True
+            job.begun, job.request = True, dataclasses.replace(request, files={}, stdin=None)  # which may be large
             engine.start(job.container)
             if stdin:
-                self._spawn(self._feed, job, stdin)
+                self._spawn(self._feed, job, stdin, request.stdin)
         except EngineAbsent as error:
             self._mind_absence(job, error)  # if it was asked to start, what follows looks whether it did
         except EngineError as error:
             if job.relaunched or not isinstance(error, EngineMissing):
                 raise RunEnds("start_failed", str(error)) from error
             engine.forget_network()  # pruned since it was last used, most likely
-            job.begun, job.recovered, job.relaunched = False, True, True
+            job.begun, job.request, job.recovered, job.relaunched = False, request, True, True
 
     def _insist(self, job: Job, write: Callable[[], None]) -> None:
         """Write to the store, again and again while its disk is full."""
@@ -2446,10 +2454,10 @@ class Runner:
                 raise error
             time.sleep(RETRY_SECONDS)
 
-    def _feed(self, job: Job, stdin: Any) -> None:
+    def _feed(self, job: Job, stdin: Any, data: bytes) -> None:
         """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
         with contextlib.closing(stdin), contextlib.suppress(OSError, Unavailable):
-            stdin.sendall(job.request.stdin)
+            stdin.sendall(data)
             stdin.shutdown(socket.SHUT_WR)
             job.fed = True
             if not job.run.waited:
@@ -3049,24 +3057,28 @@ class Api:
 
     def run(self, call: Call) -> Answer:
         """POST /run"""
-        raw = call.json_body()
-        request = RunRequest.parse(raw, self._settings)
-        key = call.header("Idempotency-Key") or None
-        if key and not (len(key) <= 200 and key.isascii() and key.isprintable()):
-            raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
-        if request.detached:
-            run_id = self._runner.submit(request, raw, key)
-            state = {"id": run_id, "status": self._head(run_id)["status"], "url": f"/runs/{run_id}"}
-            return json_answer(state, 202, Location=state["url"])
         with contextlib.ExitStack() as place:
-            place.enter_context(self._place())
-            run_id = self._runner.submit(request, raw, key)
+            run_id, detached = self._submit(call, place)
             job = self._runner.job(run_id)
+            if detached:
+                state = {"id": run_id, "status": self._head(run_id)["status"], "url": f"/runs/{run_id}"}
+                return json_answer(state, 202, Location=state["url"])
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
                 return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
             self._wait(call, job, math.inf)
             return json_answer(job.state() if job else self._state(run_id))
+
+    def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, bool]:
+        """Id of the accepted run, and whether it is detached; the body, which may be large, is not held longer."""
+        raw = call.json_body()
+        request = RunRequest.parse(raw, self._settings)
+        key = call.header("Idempotency-Key") or None
+        if key and not (len(key) <= 200 and key.isascii() and key.isprintable()):
+            raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
+        if not request.detached:
+            place.enter_context(self._place())
+        return self._runner.submit(request, raw, key), request.detached
 
     def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
         """Until the run has ended, the time is up or the client has gone."""
@@ -3330,8 +3342,9 @@ def listen(settings: Settings) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         return sock
-    except OSError as error:
-        raise StartError(f"cannot listen on {settings.socket or f'{settings.host}:{settings.port}'}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        place = settings.socket or f"{settings.host}:{settings.port}"
+        raise StartError(f"cannot listen on {place}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _listen_unix(path: Path, mode: int) -> socket.socket:
@@ -3490,7 +3503,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lightrun {__version__}")
     serve = parser.add_subparsers(dest="command", required=True, metavar="serve").add_parser(
         "serve", help="serve the HTTP API", allow_abbrev=False,
-        description="Serve the HTTP API. Each option can also be given as a variable LIGHT_RUN_…, as in "
+        description="Serve the HTTP API. Each option can also be given as a variable, as in "
         "LIGHT_RUN_BODY_LIMIT; repeatable ones take commas there. The option wins.",
     )  # fmt: skip
     for field in dataclasses.fields(Settings):
@@ -3553,7 +3566,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"lightrun: {error}", file=sys.stderr)
         return 2
-    except (StartError, OSError) as error:
+    except (LightrunError, OSError) as error:
         print(f"lightrun: {error}", file=sys.stderr)
         return 1
 
