@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sqlite3
 import stat
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,7 @@ def run_named(name: str, **fields: Any) -> Run:
 def finished(store: Store, name: str, frames: bytes = b"", **fields: Any) -> Run:
     """A run that has been accepted and has succeeded."""
     run = run_named(name, **fields)
-    store.add(run, None, "")
+    store.add(run)
     ended = dataclasses.replace(run, reason="exited", exit_code=0, finished=run.created + 1)
     store.finish(ended, frames)
     return ended
@@ -63,7 +65,7 @@ def ids(heads: list[str]) -> list[str]:
 
 def test_a_run_from_acceptance_to_its_end(store: Store) -> None:
     run = run_named("one")
-    store.add(run, None, "")
+    store.add(run)
     assert json.loads(store.head("one")) == run.head()
     store.begin("one")
     ended = dataclasses.replace(
@@ -87,6 +89,58 @@ def test_all_of_it_survives_the_process(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_callback_is_owed_until_it_is_settled(tmp_path: Path) -> None:
+    store, pending = Store(tmp_path), {"status": "pending", "attempts": 0}
+    run = run_named("one", callback=pending)
+    store.add(run, request=b"the request")
+    store.finish(dataclasses.replace(run, reason="exited", exit_code=0, finished=run.created), b"", b"its secret")
+    assert [(name, due) for name, due, _ in store.owed()] == [("one", 0)]
+    assert list(store.removable()) == []
+    store.attempted("one", {**pending, "attempts": 1}, 1234.5)
+    store.close()
+    again = Store(tmp_path)
+    assert [(name, due) for name, due, _ in again.owed()] == [("one", 1234.5)]
+    assert again.callback("one") == b"its secret"
+    again.attempted("one", {"status": "delivered", "attempts": 2}, None)
+    assert json.loads(again.head("one"))["callback"] == {"status": "delivered", "attempts": 2}
+    assert again.owed() == []
+    assert again.callback("one") is None
+    assert [name for name, _ in again.removable()] == ["one"]
+    again.close()
+
+
+def test_an_unfinished_run_can_be_taken_up_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finished(store, "over")
+    store.add(run_named("one"), request=b"body")
+    store.begin("one")
+    store.ask("one", "asked")
+    store.add(run_named("two", waited=True))
+    store.fed("two")
+    store.close()
+    again = Store(tmp_path)
+    rows = [(json.loads(head)["id"], *marks) for head, *marks in again.unfinished()]
+    assert rows == [("one", 0, 1, 0, "asked"), ("two", 1, 0, 1, None)]
+    assert (again.request("one"), again.request("two")) == (b"body", None)
+    again.finish(run_named("one", reason="lost"), b"")
+    assert again.request("one") is None
+    assert len(again.unfinished()) == 1
+    again.close()
+
+
+def test_tidying_removes_what_belongs_to_no_run(store: Store, tmp_path: Path) -> None:
+    known, unknown = str(uuid.uuid4()), str(uuid.uuid4())
+    finished(store, known)
+    artifacts = tmp_path / "artifacts"
+    for name in (known, unknown, f"{unknown}.partial", "somebody-elses"):
+        (artifacts / name).mkdir(parents=True)
+    secret = tmp_path / "state/secrets" / unknown
+    secret.write_text("x")
+    store.tidy(artifacts)
+    assert {path.name for path in artifacts.iterdir()} == {known, "somebody-elses"}
+    assert not secret.exists()
+
+
 def test_an_idempotency_key_finds_its_run_as_long_as_that_lives(store: Store) -> None:
     store.add(run_named("one"), "key", "digest")
     assert store.find_key("key") == ("one", "digest")
@@ -103,7 +157,7 @@ def test_an_idempotency_key_finds_its_run_as_long_as_that_lives(store: Store) ->
 
 def test_lists_are_newest_first_by_acceptance(store: Store) -> None:
     for number in range(5):
-        store.add(run_named(str(number), created=100.0 - number), None, "")  # the clock may go backwards
+        store.add(run_named(str(number), created=100.0 - number))  # the clock may go backwards
     assert ids(store.heads(None, None, 100)) == ["4", "3", "2", "1", "0"]
     assert ids(store.heads(None, None, 2)) == ["4", "3"]
     assert ids(store.heads(None, "3", 2)) == ["2", "1"]
@@ -112,8 +166,8 @@ def test_lists_are_newest_first_by_acceptance(store: Store) -> None:
 
 def test_lists_by_status(store: Store) -> None:
     finished(store, "old")
-    store.add(run_named("running"), None, "")
-    store.add(run_named("failed"), None, "")
+    store.add(run_named("running"))
+    store.add(run_named("failed"))
     store.finish(run_named("failed", reason="timeout", exit_code=137), b"")
     finished(store, "new")
     assert ids(store.heads("succeeded", None, 100)) == ["new", "old"]
@@ -135,7 +189,7 @@ def test_order_survives_the_deletion_of_the_newest(store: Store) -> None:
 
 
 def test_only_finished_runs_can_be_deleted(store: Store) -> None:
-    store.add(run_named("one"), None, "")
+    store.add(run_named("one"))
     with pytest.raises(Conflict) as caught:
         store.delete("one")
     assert (caught.value.status, caught.value.code) == (409, "running")
@@ -156,6 +210,14 @@ def test_unknown_runs_are_not_found(store: Store) -> None:
             look()
 
 
+def test_secrets_are_the_users_own_and_go_with_the_run(store: Store, tmp_path: Path) -> None:
+    store.add(run_named("one"), request=b"a very secret value")
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and b"very secret" in path.read_bytes()]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in files] == [0o600]
+    store.finish(run_named("one", reason="exited", exit_code=0), b"")
+    assert not files[0].exists()
+
+
 def test_nothing_of_a_deleted_run_stays_in_the_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
     finished(store, "one", b"a very secret line of a log")
@@ -165,7 +227,7 @@ def test_nothing_of_a_deleted_run_stays_in_the_files(tmp_path: Path) -> None:
 
 
 def test_usage_counts_finished_runs_in_full(store: Store) -> None:
-    store.add(run_named("running"), None, "")
+    store.add(run_named("running"))
     assert store.usage() == (0, 0)
     finished(store, "one", bytes(5000), artifacts=ARTIFACTS)
     size, count = store.usage()
@@ -219,6 +281,21 @@ def test_one_daemon_for_one_state_dir(store: Store, tmp_path: Path) -> None:
     store.close()
     again = Store(tmp_path / "state")
     again.close()
+
+
+def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "lightrun.db") as database:
+        database.execute("PRAGMA user_version=99")
+    database.close()
+    with pytest.raises(StartError, match="newer"):
+        Store(tmp_path)
+
+
+def test_what_is_no_database_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "lightrun.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(StartError, match="not a database"):
+        Store(tmp_path)
 
 
 # ---------------------------------------------------------------- The state of a run
