@@ -211,6 +211,7 @@ def test_bad_file_content_is_named(content: Any) -> None:
         ({"setup": [1], "entrypoint": "x"}, ["setup", 0]),
         ({"entrypoint": ["x", 1]}, ["entrypoint", 1]),
         ({"entrypoint": ["x", "é" * 50_001]}, ["entrypoint", 1]),
+        ({"entrypoint": [""]}, ["entrypoint", 0]),
         ({"extract": ["a", ""]}, ["extract", 1]),
         ({"extract": ["x" * 1025]}, ["extract", 0]),
         ({"extract": ["a/../b"]}, ["extract", 0]),
@@ -269,6 +270,11 @@ def test_every_problem_is_told_at_once() -> None:
     paths = refused_paths(**fields)
     for path in (["image"], ["files", "../x"], ["files", "y"], ["timeout"], ["nope"], ["stdin"]):
         assert path in paths
+
+
+def test_folders_are_bounded_like_files() -> None:
+    """Nine megabytes of paths would otherwise become millions of folders and gigabytes of tar."""
+    assert refused_paths(files={f"{'a/' * 400}{number}{'/a' * 100}": "" for number in range(1000)}) == [["files"]]
 
 
 def test_an_image_is_required() -> None:
@@ -410,6 +416,7 @@ def test_a_syntax_error_in_setup_fails() -> None:
         ("alpine@" + DIGEST, "docker.io/library/alpine@" + DIGEST),
         ("HOST/tool", "HOST/tool:latest"),
         (DIGEST, DIGEST),
+        ("sha256:abc", "docker.io/library/sha256:abc"),  # a name and a tag; never the beginning of an image's id
     ],
 )
 def test_images_are_written_out(reference: str, normalised: str) -> None:
