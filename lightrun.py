@@ -235,60 +235,46 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def _cast(convert: Callable[[str], Any], fits: Callable[[Any], bool], says: str) -> Callable[[str], Any]:
+    """How to read an option: converted, and then as it says."""
+
+    def cast(text: str) -> Any:
+        try:
+            if fits(value := convert(text)):
+                return value
+        except ValueError:
+            pass
+        raise ValueError(f"must be {says}")
+
+    return cast
+
+
 def _integer(low: int, high: int) -> Callable[[str], int]:
-    def cast(text: str) -> int:
-        if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not low <= int(text) <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return int(text)
-
-    return cast
+    return _cast(lambda text: int(text) if re.fullmatch(r"[0-9]{1,18}", text) else -1, lambda value: low <= value <= high,
+                 f"a whole number from {low} to {high}")  # fmt: skip
 
 
-def _bytes(low: int) -> Callable[[str], int]:
-    def cast(text: str) -> int:
-        if (size := parse_size(text)) < low:
-            raise ValueError(f"must be at least {low} bytes")
-        return size
-
-    return cast
+def _bytes(low: int, high: int = 1 << 60) -> Callable[[str], int]:
+    return _cast(parse_size, lambda value: low <= value <= high, f"a size such as 512m, from {low} to {high} bytes")
 
 
 def _one_of(*words: str) -> Callable[[str], str]:
-    def cast(text: str) -> str:
-        if text not in words:
-            raise ValueError("must be one of " + ", ".join(words))
-        return text
-
-    return cast
+    return _cast(str, lambda word: word in words, "one of " + ", ".join(words))
 
 
-def _text(text: str) -> str:
-    if not text or text != text.strip() or not text.isprintable():
-        raise ValueError("must be printable text, not empty, without spaces around it")
-    return text
+def _names_engine(text: str) -> bool:
+    url = urllib.parse.urlsplit(text)
+    return bool(url.path) if url.scheme == "unix" else url.scheme == "tcp" and bool(url.hostname and url.port)
+
+
+_text = _cast(str, lambda text: text == text.strip() != "" and text.isprintable(), "printable text without spaces around it")
+_mode = _cast(lambda text: int(text, 8), lambda mode: 0 <= mode <= 0o777, "an octal mode such as 0600")
+_cpus = _cast(float, lambda cpus: 0.01 <= cpus <= 10_000, "a number of CPUs such as 0.5 or 2, at least 0.01")
+_docker_host = _cast(_text, _names_engine, "unix:///path or tcp://host:port")
 
 
 def _path(text: str) -> Path:
     return Path(_text(text)).expanduser().absolute()
-
-
-def _mode(text: str) -> int:
-    if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise ValueError("must be an octal mode such as 0600")
-    return int(text, 8)
-
-
-def _cpus(text: str) -> float:
-    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text, re.ASCII) or float(text) < 0.01:
-        raise ValueError("must be a number of CPUs such as 0.5 or 2, at least 0.01")
-    return float(text)
-
-
-def _docker_host(text: str) -> str:
-    url = urllib.parse.urlsplit(_text(text))
-    if not (url.scheme == "unix" and url.path) and not (url.scheme == "tcp" and url.hostname and url.port):
-        raise ValueError("must be unix:///path or tcp://host:port")
-    return text
 
 
 def option(cast: Callable[[str], Any], default: Any, text: str, shown: str = "") -> Any:
@@ -313,7 +299,7 @@ class Settings:
     max_artifacts_bytes: int = option(_bytes(0), 20 * GIB, "bytes of artifacts, logs and records kept", "20 GiB")
     keep: int = option(_integer(1, 10**9), 100_000, "finished runs kept")
     extract_limit: int = option(_bytes(0), GIB, "bytes of artifacts that one run may keep", "1 GiB")
-    log_limit: int = option(_bytes(KIB), MIB, "log bytes kept of one run, the newest", "1 MiB")
+    log_limit: int = option(_bytes(KIB, 100 * MIB), MIB, "log bytes kept of one run, the newest", "1 MiB")
     max_concurrent: int = option(
         _integer(1, 10_000), max(16, 4 * (os.cpu_count() or 1)), "containers at a time", "max(16, 4 x CPUs)"
     )
@@ -609,10 +595,9 @@ def parse_json(raw: bytes) -> Any:
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not JSON")
 
+    hooks: dict[str, Any] = {"parse_int": integer, "parse_float": fraction, "parse_constant": constant}
     try:
-        return json.loads(
-            raw.decode(), object_pairs_hook=members, parse_int=integer, parse_float=fraction, parse_constant=constant
-        )
+        return json.loads(raw.decode(), object_pairs_hook=members, **hooks)
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8") from error
     except RecursionError as error:
@@ -924,7 +909,7 @@ CREATE TABLE details (                      -- apart, so that lists never read p
     id TEXT PRIMARY KEY REFERENCES runs (id) ON DELETE CASCADE,
     tail TEXT NOT NULL,                     -- JSON of Run.tail()
     frames BLOB NOT NULL                    -- the kept log, as Log.frames()
-) WITHOUT ROWID;
+);
 """
 
 
@@ -1019,14 +1004,15 @@ class Store:
     def _write_secret(self, name: str, data: bytes) -> None:
         """Write a private file, durably. Raises Unavailable."""
         try:
-            with open(self._secrets / name, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            with open(self._secrets / name, "wb", opener=_private) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.ExitStack() as stack:
-                folder = os.open(self._secrets, os.O_RDONLY)
-                stack.callback(os.close, folder)
+            folder = os.open(self._secrets, os.O_RDONLY)
+            try:
                 os.fsync(folder)
+            finally:
+                os.close(folder)
         except OSError as error:
             self._drop_secret(name)
             raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error.strerror}", 5) from error
@@ -1090,8 +1076,12 @@ class Store:
         with self._transaction(durable=True) as execute:
             execute("UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ?", run.status, size, head, run.id)
             execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", run.id, tail, frames)
-            self._total, self._count = self._total + size, self._count + 1
+        self._weigh(size, 1)
         self._drop_secret(run.id)
+
+    def _weigh(self, size: int, count: int) -> None:
+        with self._write_lock:
+            self._total, self._count = self._total + size, self._count + count
 
     def owed(self) -> list[tuple[str, float, str]]:
         """Id, time of the next attempt and head of every finished run whose callback is owed."""
@@ -1114,7 +1104,7 @@ class Store:
             raise Conflict("the run is still running", "running")
         with self._transaction(durable=True) as execute:
             gone = execute("DELETE FROM runs WHERE id = ? AND status != 'running'", run_id).rowcount
-            self._total, self._count = self._total - size * gone, self._count - gone
+        self._weigh(-size * gone, -gone)
         self._drop_secret(f"{run_id}.callback")
 
     def head(self, run_id: str) -> str:
@@ -1150,6 +1140,10 @@ class Store:
         """Close the database and let another daemon have the state dir."""
         with self._write_lock, self._read_lock:
             self._opened.close()
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _locked(state_dir: Path) -> IO[str]:
@@ -1501,7 +1495,7 @@ class Extraction:
         target = self._staging / path
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         source = archive.extractfile(member)
-        with open(target, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        with open(target, "xb", opener=_private) as file:
             shutil.copyfileobj(source, file, COPY_BYTES)  # type: ignore[arg-type]  # a regular file has a source
 
     def _move_in(self, entries: list[dict[str, Any]]) -> None:
@@ -2151,6 +2145,7 @@ class Job:
         self._lock = threading.Lock()  # guards asked and the pipe
         self.asked: Ask | None = None
         self.wake, self._waker = os.pipe()
+        os.set_blocking(self.wake, False)
 
     def ask(self, ask: Ask) -> None:
         """Ask for an end, from any thread and without waiting. A cancel overrides a stop; nothing overrides a cancel."""
@@ -2162,7 +2157,7 @@ class Job:
     def heed(self) -> Ask | None:
         """What is asked, once the worker has been woken for it."""
         with self._lock:
-            if self.asked and select.select([self.wake], [], [], 0)[0]:
+            with contextlib.suppress(BlockingIOError):
                 os.read(self.wake, 16)
             return self.asked
 
@@ -3431,7 +3426,7 @@ class Daemon:
         """Take no more runs, let clients that wait have their results, and let go of everything."""
         self._runner.stop(DRAIN_SECONDS)
         time.sleep(0.1)  # the last answers are on their way
-        if self._settings.socket:
+        if self._settings.socket and self._socket.getsockname() == str(self._settings.socket):  # not systemd's
             with contextlib.suppress(OSError):
                 self._settings.socket.unlink()
         self._socket.close()
