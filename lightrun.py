@@ -2974,6 +2974,7 @@ class Api:
         self._engine_about: dict[str, str] | None = None
         self._http_error: type[Exception] = bottle.HTTPError
         self._router = bottle.Bottle()
+        self._router.router.add_filter("path", lambda _: (r"[\s\S]+", None, None))  # a name may hold a newline
         for route in ROUTES:
             self._router.route(route.path, route.method, callback=route)
 
@@ -3016,6 +3017,8 @@ class Api:
             found, arguments = self._router.match(environ)
         except self._http_error as error:
             raise _routing_error(error) from error
+        if environ["PATH_INFO"].endswith("\n") and "path" not in arguments:  # which the router's `$` lets pass
+            raise NotFound("there is no such route")
         route: Route = found.callback
         call = Call(environ, parse_query(environ.get("QUERY_STRING", ""), route.query))
         answer: Answer = getattr(self, route.handler)(call, **arguments)
