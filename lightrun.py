@@ -3410,6 +3410,8 @@ class Daemon:
             channel_request_lookahead=1,  # so that a client that left is noticed
         )
         server.channel_class = _channel_class(gate)
+        server.adj.socket_options = [*server.adj.socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+        server.maintenance = functools.partial(_close_stalled, server)
         return server
 
     @property
@@ -3434,6 +3436,16 @@ class Daemon:
                 self._settings.socket.unlink()
         self._socket.close()
         self._store.close()
+
+
+def _close_stalled(server: Any, now: float) -> None:
+    """waitress's regular look at its connections, and an end for those whose full buffer nobody reads: each would hold the
+    thread that fills it."""
+    type(server).maintenance(server, now)
+    for channel in server.active_channels.values():
+        full = channel.total_outbufs_len > server.adj.outbuf_high_watermark
+        if full and channel.last_activity < now - server.adj.channel_timeout:
+            channel.will_close = True
 
 
 def _claim_artifacts_dir(root: Path, state_id: str) -> None:
