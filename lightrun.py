@@ -953,9 +953,8 @@ class Store:
         if version > SCHEMA_VERSION:
             raise StartError(f"the state dir was made by a newer lightrun (schema {version}, known {SCHEMA_VERSION})")
         if version == 0:
-            self._writer.executescript(f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-            with self._transaction(durable=True) as execute:
-                execute("INSERT INTO meta VALUES ('state', ?)", uuid.uuid4().hex)
+            identity = f"INSERT INTO meta VALUES ('state', '{uuid.uuid4().hex}')"
+            self._writer.executescript(f"BEGIN;{SCHEMA}{identity};PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
 
     @contextlib.contextmanager
     def _transaction(self, durable: bool) -> Iterator[Callable[..., sqlite3.Cursor]]:
@@ -1650,26 +1649,25 @@ class Engine:
 
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
-        self._lock = threading.Lock()  # guards _client
         self._client: Any = None
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._network_ready = False
 
     def _api(self) -> Any:
-        """The SDK's client, made when the engine first answers."""
+        """The SDK's client, made when the engine first answers; by two at once rather than under a lock that a hung engine
+        would hold."""
         import docker.utils
 
-        with self._lock:
-            if self._client is None:
-                host = self._settings.docker_host
-                environment = {**os.environ, **({"DOCKER_HOST": host} if host else {})}
-                options = docker.utils.kwargs_from_env(environment=environment)
-                with translated("be reached"):
-                    client = docker.APIClient(version="auto", timeout=HEALTH_SECONDS, max_pool_size=64, **options)
-                client.timeout = ENGINE_SECONDS
-                client.trust_env = False  # requests looks for proxies and .netrc at each call otherwise
-                self._client = client
-            return self._client
+        if self._client is None:
+            host = self._settings.docker_host
+            environment = {**os.environ, **({"DOCKER_HOST": host} if host else {})}
+            options = docker.utils.kwargs_from_env(environment=environment)
+            with translated("be reached"):
+                client = docker.APIClient(version="auto", timeout=HEALTH_SECONDS, max_pool_size=64, **options)
+            client.timeout = ENGINE_SECONDS
+            client.trust_env = False  # requests looks for proxies and .netrc at each call otherwise
+            self._client = client
+        return self._client
 
     @contextlib.contextmanager
     def _call(self, action: str) -> Iterator[Any]:
@@ -2020,6 +2018,7 @@ class Callbacks:
                 delivery = heapq.heappop(self._due)
                 packed = self._store.callback(delivery.run_id)
                 if packed is None:  # deleted meanwhile
+                    self._unpark(delivery.receiver)
                     continue
                 about, body = json.loads(packed.partition(b"\n")[0]), packed.partition(b"\n")[2]
                 delivery.receiver = urllib.parse.urlsplit(about["url"]).netloc.lower()
@@ -2029,6 +2028,13 @@ class Callbacks:
                     continue
                 self._busy[delivery.receiver] += 1
             threading.Thread(target=self._attempt, args=(delivery, about, body), name="callback", daemon=True).start()
+
+    def _unpark(self, receiver: str) -> None:
+        """Under the lock: let the next delivery to a receiver come up again."""
+        if parked := self._parked.get(receiver):
+            heapq.heappush(self._due, parked.popleft())
+        else:
+            self._parked.pop(receiver, None)
 
     def _attempt(self, delivery: Delivery, about: dict[str, str], body: bytes) -> None:
         run_id, attempts = delivery.run_id, delivery.attempts + 1
@@ -2048,11 +2054,7 @@ class Callbacks:
         with self._changed:
             self._busy -= collections.Counter([delivery.receiver])
             (self._failing.discard if outcome["status"] == "delivered" else self._failing.add)(delivery.receiver)
-            parked = self._parked.get(delivery.receiver)
-            if parked:
-                heapq.heappush(self._due, parked.popleft())
-            else:
-                self._parked.pop(delivery.receiver, None)
+            self._unpark(delivery.receiver)
             self._changed.notify()
         if due is not None:
             self.owe(run_id, due, attempts)
@@ -2330,9 +2332,11 @@ class Runner:
         if job is None:
             self._store.head(run_id)
             raise Conflict("the run has ended", "not_running")
-        job.ask(ask)
-        if not job.run.waited:
-            self._store.ask(run_id, to_json(dataclasses.asdict(ask)).decode())
+        try:
+            if not job.run.waited:
+                self._store.ask(run_id, to_json(dataclasses.asdict(ask)).decode())
+        finally:  # with a full disk too: what ends a run makes room
+            job.ask(ask)
         with self._lock:
             queued = job in self._queue
             if queued:
@@ -2404,9 +2408,10 @@ class Runner:
             job.enter("starting")
             image = self._image(job)
             job.run.image_id = image.id
-            if job.recovered:
-                engine.remove(job.container)
-                job.recovered = False
+            if job.recovered and self._has_started(job):  # a power loss can take `begun` back
+                job.begun = True
+                return
+            job.recovered = False
             job.container = engine.create(job.run.id, image, request)
             if request.files or not image.root:
                 engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
@@ -2425,6 +2430,14 @@ class Runner:
                 raise RunEnds("start_failed", str(error)) from error
             engine.forget_network()  # pruned since it was last used, most likely
             job.begun, job.request, job.recovered, job.relaunched = False, request, True, True
+
+    def _has_started(self, job: Job) -> bool:
+        """Whether there is a container of this run that ever ran; one that never did is removed."""
+        with contextlib.suppress(EngineMissing):
+            if self._engine.inspect(job.container).started is not None:
+                return True
+            self._engine.remove(job.container)
+        return False
 
     def _insist(self, job: Job, write: Callable[[], None]) -> None:
         """Write to the store, again and again while its disk is full."""
@@ -2711,9 +2724,9 @@ class Call:
     def __init__(self, environ: dict[str, Any], query: dict[str, Any]) -> None:
         self._environ, self.query = environ, query
 
-    def header(self, name: str) -> str:
-        """A header's text, "" when absent."""
-        return str(self._environ.get("HTTP_" + name.upper().replace("-", "_"), ""))
+    def header(self, name: str, default: Any = "") -> Any:
+        """A header's text, the default when absent."""
+        return self._environ.get("HTTP_" + name.upper().replace("-", "_"), default)
 
     def gone(self) -> bool:
         """Whether the client has closed its side of the connection."""
@@ -3071,8 +3084,8 @@ class Api:
         """Id of the accepted run, and whether it is detached; the body, which may be large, is not held longer."""
         raw = call.json_body()
         request = RunRequest.parse(raw, self._settings)
-        key = call.header("Idempotency-Key") or None
-        if key and not (len(key) <= 200 and key.isascii() and key.isprintable()):
+        key = call.header("Idempotency-Key", None)
+        if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
         if not request.detached:
             place.enter_context(self._place())
@@ -3404,7 +3417,8 @@ class Daemon:
             recv_bytes=64 * KIB,
             max_request_body_size=self._settings.body_limit + 1,  # waitress refuses what is not below
             max_request_header_size=MAX_HEADER_BYTES,
-            outbuf_overflow=16 * MIB,
+            outbuf_high_watermark=512 * KIB,  # what waits for a slow reader of a stream, in memory
+            outbuf_overflow=2 * MIB,  # what is larger, an answer with a long log, waits in a temporary file
             ident=None,
             asyncore_use_poll=True,  # select() fails on descriptors over 1023
             channel_request_lookahead=1,  # so that a client that left is noticed
@@ -3451,13 +3465,14 @@ def _close_stalled(server: Any, now: float) -> None:
 def _claim_artifacts_dir(root: Path, state_id: str) -> None:
     """Make the artifacts dir this state dir's own. Raises StartError for one that belongs to somebody else."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    marker = root / ".lightrun"
+    marker, fresh = root / ".lightrun", root / ".lightrun.new"
     try:
         owner = marker.read_text("utf-8").strip()
     except FileNotFoundError:
-        if any(root.iterdir()):
+        if any(path != fresh for path in root.iterdir()):
             raise StartError(f"{root} holds other files; an artifacts dir must be empty or lightrun's own") from None
-        marker.write_text(state_id, "utf-8")
+        fresh.write_text(state_id, "utf-8")
+        fresh.rename(marker)
         return
     if owner != state_id:
         raise StartError(f"{root} belongs to another state dir")

@@ -339,6 +339,7 @@ class Daemon:
         state: dict[str, Any] = {}
 
         def look() -> bool:
+            state.clear()
             state.update(self.state(run))
             return bool(reached(state))
 
