@@ -162,6 +162,7 @@ FILES: dict[str, bytes] = {
     "näme with spaces/日本語 😀.txt": "é\n".encode(),
     "-rf": b"a name like an option",
     "q\"'`$(x)": b"a name for a shell",
+    "line\nend\n": b"a name of two lines",
     "all": bytes(range(256)),
     "x" * 255: b"a long name",
     "/".join(["y" * 100] * 5) + "/z": b"a long path",
