@@ -2125,7 +2125,15 @@ class Ask:
     why: str = "the run was ended before its command started"  # said when that is so
 
 
-BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*",))
+BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*", "169.254.*", "fe80*"))
+
+
+def _stored_request(raw: bytes, image: str) -> RunRequest:
+    """A request as it was accepted once; the least that runs the image when it is gone or spoilt."""
+    try:
+        return RunRequest.parse(raw, BOUNDLESS)
+    except LightrunError:
+        return RunRequest.parse(to_json({"image": image}), BOUNDLESS)
 
 
 class Job:
@@ -2187,6 +2195,10 @@ class Job:
             os.close(self.wake)
             os.close(self._waker)
             self._waker = -1
+        self.close_output()
+
+    def close_output(self) -> None:
+        """Let go of the attach stream."""
         if self.output:
             self.output.close()
 
@@ -2284,8 +2296,8 @@ class Runner:
         in their order."""
         for head, waited, begun, fed, asked in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
-            raw = self._store.request(run.id) or to_json({"image": run.image})
-            job = Job(run, RunRequest.parse(raw, BOUNDLESS), self._settings.log_limit)
+            raw = self._store.request(run.id) or b""  # a waiting client's is not stored
+            job = Job(run, _stored_request(raw, run.image), self._settings.log_limit)
             job.begun, job.fed, job.recovered = bool(begun), bool(fed) or job.request.stdin is None, True
             if asked:
                 job.ask(Ask(**json.loads(asked)))
@@ -2306,7 +2318,7 @@ class Runner:
         threading.Thread(target=self._housekeeping, name="housekeeper", daemon=True).start()
 
     def _judge_again(self, job: Job, raw: bytes) -> None:
-        """A run that was accepted under other limits must keep to those of today, if it has not begun."""
+        """A run that was accepted under other limits must keep to those of today, as long as it has not begun."""
         try:
             job.request = RunRequest.parse(raw, self._settings)
         except LightrunError as error:
@@ -2383,7 +2395,7 @@ class Runner:
             ending = self._see_to_end(job)
         except RunEnds as end:
             ending = {"reason": end.reason, "error": str(end)}
-        except EngineAbsent as error:
+        except EngineError as error:
             ending = {"reason": "engine_error", "error": str(error)}
         except Exception:
             log.exception("run %s", job.run.id)
@@ -2406,12 +2418,12 @@ class Runner:
         try:
             job.check()
             job.enter("starting")
-            image = self._image(job)
-            job.run.image_id = image.id
             if job.recovered and self._has_started(job):  # a power loss can take `begun` back
                 job.begun = True
                 return
             job.recovered = False
+            image = self._image(job)
+            job.run.image_id = image.id
             job.container = engine.create(job.run.id, image, request)
             if request.files or not image.root:
                 engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
@@ -2429,6 +2441,7 @@ class Runner:
             if job.relaunched or not isinstance(error, EngineMissing):
                 raise RunEnds("start_failed", str(error)) from error
             engine.forget_network()  # pruned since it was last used, most likely
+            job.close_output()
             job.begun, job.request, job.recovered, job.relaunched = False, request, True, True
 
     def _has_started(self, job: Job) -> bool:
@@ -2453,8 +2466,7 @@ class Runner:
         log.warning("run %s: %s", job.run.id, error)
         self._untidy.set()
         job.recovered = True
-        if job.output:
-            job.output.close()
+        job.close_output()
         while not self._answers():
             if not job.begun:
                 job.check()
@@ -2645,12 +2657,15 @@ class Runner:
         while self._untidy.wait():
             self._untidy.clear()
             try:
-                self._engine_up = self._answers()
                 for container, run_id in self._engine.containers():
                     if self.job(run_id) is None:
                         self._engine.remove(container)
+                self._engine_up = True
             except EngineError as error:
-                log.warning("%s; trying again", error)
+                absent = isinstance(error, EngineAbsent)
+                if self._engine_up or not absent:  # an absence is told once
+                    log.warning("%s; trying again", error)
+                self._engine_up = not absent
                 self._untidy.set()
                 time.sleep(RETRY_SECONDS)
 
