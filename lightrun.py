@@ -2553,6 +2553,8 @@ class Runner:
         if job.recovered:
             self._readopt(job, state)
             state = self._engine.inspect(job.container)
+            if not state.running:  # attached too late, and an engine may then never say that it was the end
+                job.close_output()
         if state.started is None:
             raise RunEnds("engine_error", "the engine does not say when the container started")
         job.run.image_id, job.run.started = state.image_id, state.started
@@ -3350,6 +3352,22 @@ def _channel_class(gate: Gate) -> type:
 
     class Channel(waitress.channel.HTTPChannel):
         parser_class = Parser
+        _writing = False
+
+        def write_soon(self, data: Any) -> int:
+            self._writing = True
+            try:
+                return int(super().write_soon(data))
+            finally:
+                self._writing = False
+
+        def _flush_outbufs_below_high_watermark(self) -> None:
+            if self._writing:  # a stream, which has its place to wait in
+                super()._flush_outbufs_below_high_watermark()
+            elif self.total_outbufs_len > self.adj.outbuf_high_watermark:  # a client that pipelines and does not read
+                with self.requests_lock:
+                    del self.requests[1:]
+                self.close_when_flushed = True
 
     return Channel
 
