@@ -3308,9 +3308,8 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
-def _channel_class(gate: Gate) -> type:
-    """waitress's connection handling with this gate, and JSON for the errors that it answers by itself."""
-    import waitress.channel
+def _parser_class(gate: Gate) -> type:
+    """waitress's reading of requests with this gate, and JSON for the errors that it answers by itself."""
     import waitress.parser
     import waitress.utilities
 
@@ -3350,8 +3349,17 @@ def _channel_class(gate: Gate) -> type:
                     log.info("refused %s: %d", printable(self.path), self.error.code)
             return consumed
 
-    class Channel(waitress.channel.HTTPChannel):
-        parser_class = Parser
+    return Parser
+
+
+def _channel_class(gate: Gate) -> type:
+    """waitress's connections, of which none may hold a thread by not reading, but a stream that has its place for that."""
+    import waitress.channel
+
+    base: Any = waitress.channel.HTTPChannel
+
+    class Channel(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
+        parser_class = _parser_class(gate)
         _writing = False
 
         def write_soon(self, data: Any) -> int:
@@ -3362,7 +3370,7 @@ def _channel_class(gate: Gate) -> type:
                 self._writing = False
 
         def _flush_outbufs_below_high_watermark(self) -> None:
-            if self._writing:  # a stream, which has its place to wait in
+            if self._writing:
                 super()._flush_outbufs_below_high_watermark()
             elif self.total_outbufs_len > self.adj.outbuf_high_watermark:  # a client that pipelines and does not read
                 with self.requests_lock:
