@@ -32,6 +32,10 @@ import sys
 if sys.version_info < (3, 10):
     sys.exit("lightrun needs Python 3.10 or newer, and this is " + sys.version.split()[0])
 
+if sys.argv[1:] == ["--version"]:  # a zip keeps no compiled module, and compiling it takes longer than the answer
+    print("lightrun @VERSION@")
+    sys.exit(0)
+
 from lightrun import main
 
 sys.exit(main())
@@ -161,9 +165,11 @@ def write_executable(target: Path, content: bytes) -> None:
 
 def build() -> Path:
     """Write the zip application and return its path. Raises BuildError or OSError."""
-    files = {"__main__.py": MAIN}
-    for name in ("lightrun.py", "LICENSE"):
-        files[name] = (ROOT / name).read_bytes()
+    files = {name: (ROOT / name).read_bytes() for name in ("lightrun.py", "LICENSE")}
+    version = re.search(rb'^__version__ = "(.+)"$', files["lightrun.py"], re.MULTILINE)
+    if version is None:
+        raise BuildError("lightrun.py does not say its __version__")
+    files["__main__.py"] = MAIN.replace(b"@VERSION@", version[1])
     for wheel in fetch_wheels(locked_wheels((ROOT / "pyproject.toml").read_text("utf-8"))):
         for name, content in wheel_files(wheel):
             if files.setdefault(name, content) != content:

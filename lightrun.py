@@ -31,6 +31,7 @@ import argparse
 import base64
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import email.utils
@@ -86,6 +87,7 @@ MAX_FOLDERS = 10_000  # that the files of a request need; each is a member of th
 MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
 MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
 MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
+MIN_PIDS = 2  # the init and one program
 MAX_QUERY_BYTES = 4 * KIB  # of a URL's query
 
 MAX_ARTIFACT_ENTRIES = 50_000  # files and folders one run may keep: each costs an inode and a line of state
@@ -114,6 +116,7 @@ MAX_DELIVERIES_EACH = 4  # the same to one receiver; one that failed last gets o
 CONTROL_THREADS = 16  # handlers beside the waiting ones, so that control routes always find one
 MAX_CONNECTIONS = 4096
 MAX_HEADER_BYTES = 64 * KIB
+M_ARENA_MAX = -8  # of mallopt(3)
 
 JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
 
@@ -307,7 +310,7 @@ class Settings:
     max_waiting: int = option(_integer(1, 2_000), 320, "requests that may wait or stream at a time")
     memory: int = option(_bytes(MIN_MEMORY_BYTES), 512 * MIB, "memory of every run", "512m")
     cpus: float = option(_cpus, 1.0, "CPUs of every run", "1")
-    pids: int = option(_integer(1, 4_194_304), 100, "processes and threads of every run")
+    pids: int = option(_integer(MIN_PIDS, 4_194_304), 100, "processes and threads of every run")
     runtime: str | None = option(_text, None, "OCI runtime, such as runc, crun or runsc", "the engine's default")
     pull: str = option(_one_of("missing", "always", "never"), "missing", "when to pull: missing, always or never")
     pull_timeout: float = option(parse_duration, 600.0, "time limit of a pull", "10m")
@@ -412,7 +415,7 @@ def request_schema(settings: Settings) -> dict[str, Any]:
             "description": "Memory, as bytes or 256m; at most the operator's limit.",
         },
         "cpus": {"type": "number", "minimum": 0.01, "maximum": settings.cpus, "description": "CPUs."},
-        "pids": {"type": "integer", "minimum": 1, "maximum": settings.pids, "description": "Processes and threads."},
+        "pids": {"type": "integer", "minimum": MIN_PIDS, "maximum": settings.pids, "description": "Processes and threads."},
         "extract": {
             "type": "array", "minItems": 1, "maxItems": 20,
             "items": {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
@@ -764,9 +767,8 @@ def callback_host_allowed(host: str, patterns: tuple[str, ...]) -> bool:
     """Whether a callback may go to this host: any without patterns, but a link-local address only when a pattern that does
     not begin with a wildcard names it."""
     if is_link_local(host):
-        patterns = tuple(pattern for pattern in patterns if pattern[0] not in "*?[")
-        return matches_any(host.lower(), patterns)
-    return not patterns or matches_any(host.lower(), patterns)
+        return matches_any(host.lower(), [pattern.lower() for pattern in patterns if pattern[0] not in "*?["])
+    return not patterns or matches_any(host.lower(), map(str.lower, patterns))
 
 
 def is_link_local(host: str) -> bool:
@@ -1927,7 +1929,8 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
     connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, parts.port, timeout=CALLBACK_SECONDS)
     try:
         sock = _connect(host, connection.port, allow)
-        guard = threading.Timer(CALLBACK_SECONDS, _shut, [sock])  # an answer that trickles would take longer
+        late = threading.Event()
+        guard = threading.Timer(CALLBACK_SECONDS, _shut, [sock, late])  # an answer that trickles would take longer
         guard.start()
         try:
             connection.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host) if tls else sock
@@ -1937,6 +1940,8 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
             guard.cancel()
             connection.close()
             sock.close()
+        if late.is_set():  # what looked like the end of the headers was not
+            raise TimeoutError
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
@@ -1957,7 +1962,8 @@ def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
     return sock
 
 
-def _shut(sock: socket.socket) -> None:
+def _shut(sock: socket.socket, late: threading.Event) -> None:
+    late.set()
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
@@ -2012,22 +2018,29 @@ class Callbacks:
 
     def _dispatch(self) -> None:
         while True:
-            with self._changed:
-                while not self._due or self._due[0].due > time.time() or self._busy.total() >= MAX_DELIVERIES:
-                    self._changed.wait(max(0.05, self._due[0].due - time.time()) if self._due else None)
-                delivery = heapq.heappop(self._due)
-                packed = self._store.callback(delivery.run_id)
-                if packed is None:  # deleted meanwhile
-                    self._unpark(delivery.receiver)
-                    continue
-                about, body = json.loads(packed.partition(b"\n")[0]), packed.partition(b"\n")[2]
-                delivery.receiver = urllib.parse.urlsplit(about["url"]).netloc.lower()
-                limit = 1 if delivery.receiver in self._failing else MAX_DELIVERIES_EACH
-                if self._busy[delivery.receiver] >= limit:
-                    self._parked.setdefault(delivery.receiver, collections.deque()).append(delivery)
-                    continue
-                self._busy[delivery.receiver] += 1
-            threading.Thread(target=self._attempt, args=(delivery, about, body), name="callback", daemon=True).start()
+            try:
+                with self._changed:
+                    while not self._due or self._due[0].due > time.time() or self._busy.total() >= MAX_DELIVERIES:
+                        self._changed.wait(max(0.05, self._due[0].due - time.time()) if self._due else None)
+                    self._send(heapq.heappop(self._due))
+            except Exception:  # no thread to be had, say; what is owed is on disk
+                log.exception("callbacks")
+                time.sleep(RETRY_SECONDS)
+
+    def _send(self, delivery: Delivery) -> None:
+        """Under the lock: attempt a delivery, or park it behind others to the same receiver."""
+        packed = self._store.callback(delivery.run_id)
+        if packed is None:  # deleted meanwhile
+            self._unpark(delivery.receiver)
+            return
+        head, _, body = packed.partition(b"\n")
+        about = json.loads(head)
+        delivery.receiver = urllib.parse.urlsplit(about["url"]).netloc.lower()
+        if self._busy[delivery.receiver] >= (1 if delivery.receiver in self._failing else MAX_DELIVERIES_EACH):
+            self._parked.setdefault(delivery.receiver, collections.deque()).append(delivery)
+            return
+        threading.Thread(target=self._attempt, args=(delivery, about, body), name="callback", daemon=True).start()
+        self._busy[delivery.receiver] += 1
 
     def _unpark(self, receiver: str) -> None:
         """Under the lock: let the next delivery to a receiver come up again."""
@@ -3390,10 +3403,7 @@ def listen(settings: Settings) -> socket.socket:
         if settings.socket:
             return _listen_unix(settings.socket, settings.socket_mode)
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        return sock
+        return _bound(socket.socket(family), address)
     except (OSError, UnicodeError) as error:
         place = settings.socket or f"{settings.host}:{settings.port}"
         raise StartError(f"cannot listen on {place}: {getattr(error, 'strerror', None) or error}") from error
@@ -3412,13 +3422,22 @@ def _listen_unix(path: Path, mode: int) -> socket.socket:
                 path.unlink()
             else:
                 raise StartError(f"another server listens on {path}")
-    sock = socket.socket(socket.AF_UNIX)
     previous = os.umask(0o777)
     try:
-        sock.bind(str(path))
+        sock = _bound(socket.socket(socket.AF_UNIX), str(path))
     finally:
         os.umask(previous)
     path.chmod(mode)
+    return sock
+
+
+def _bound(sock: socket.socket, address: Any) -> socket.socket:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError:
+        sock.close()
+        raise
     return sock
 
 
@@ -3605,6 +3624,8 @@ def read_settings(options: Mapping[str, Any], environment: Mapping[str, str]) ->
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends it at once."""
     _set_up_logging(settings.log_format)
+    with contextlib.suppress(OSError, AttributeError):  # glibc: else hundreds of threads each hoard what they freed
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     daemon = Daemon(settings)

@@ -169,7 +169,7 @@ def test_version(command: Command) -> None:
 def test_answers_without_heavy_imports(command: Command, arguments: tuple[str, ...]) -> None:
     done = command(*arguments, python=("-X", "importtime"))
     imported = {line.rpartition("|")[2].strip() for line in done.err.splitlines()}
-    assert "lightrun" in imported
+    assert ("lightrun" in imported) == (arguments != ("--version",))  # which is too short a question to compile it for
     assert not imported & LAZY
 
 

@@ -109,7 +109,7 @@ GOOD: list[tuple[str, Any]] = [
     *[("timeout", value) for value in (1, 3_600_000, 1000.0)],
     *[("memory", value) for value in (6 << 20, 512 << 20, "6m", "512M", "524288k", str(512 << 20))],
     *[("cpus", value) for value in (0.01, 0.5, 1, 1.0)],
-    *[("pids", value) for value in (1, 100, 5.0)],
+    *[("pids", value) for value in (2, 100, 5.0)],
     *[("extract", paths) for paths in (["x"], ["x"] * 20, ["x" * 1024], ["/"], ["."], ["..."], ["a\\b"], ["a//b/"])],
     *[("extractOn", value) for value in ("success", "exit")],
     *[("detached", value) for value in (True, False)],
@@ -169,7 +169,7 @@ BAD: list[tuple[str, Any]] = [
     *[("timeout", value) for value in (0, -1, 3_600_001, 10**300, 1e300)],
     *[("memory", value) for value in (0, -1, (512 << 20) + 1, "513m", "1g", "", "m", "-1m", "1.5m", "1 m", "1x", "6m\n")],
     *[("cpus", value) for value in (0, -1, 1.001, 10**300)],
-    *[("pids", value) for value in (0, -1, 101, 10**300)],
+    *[("pids", value) for value in (0, 1, -1, 101, 10**300)],
     *[("extract", paths) for paths in ([], ["x"] * 21)],
     *[("extractOn", value) for value in ("", "always", "success\n")],
 ]  # fmt: skip
