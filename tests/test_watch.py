@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -416,6 +417,20 @@ def test_a_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     assert (run["status"], run["reason"], run["logsTruncated"]) == ("succeeded", "exited", True)
     assert run["logs"][-1] == "last"
     assert log_bytes(lightrun, run["id"]) == FLOODED[-MIB:]
+    assert watchman.risen < 60 * MIB
+
+
+def test_slow_followers_of_a_flood_cost_little_memory_and_lose_nothing(daemon: DaemonFactory) -> None:
+    lightrun = daemon()
+    lightrun.run(entrypoint="true", network="none")
+    with Watchman(lightrun.pid) as watchman, contextlib.ExitStack() as followers:
+        run = lightrun.detach(**FLOOD)
+        slow = [followers.enter_context(lightrun.open("GET", f"/runs/{run}/logs?follow=true")) for _ in range(8)]
+        # Nobody reads meanwhile: the program is not held up.
+        state = lightrun.request("GET", f"/runs/{run}?wait=60000").json()
+        assert (state["status"], state["logs"][-1], state["logsTruncated"]) == ("succeeded", "last", True)
+        wanted = hashlib.sha256(FLOODED).hexdigest()
+        assert [hashlib.sha256(response.read()).hexdigest() for response in slow] == [wanted] * 8
     assert watchman.risen < 60 * MIB
 
 
@@ -834,7 +849,7 @@ def test_a_run_with_a_key_outlives_its_clients(lightrun_tcp: Daemon, key: str, a
     assert (state["id"], state["status"], state["logs"]) == (run, "succeeded", ["ready", "done"])
 
 
-@pytest.mark.parametrize("key", ["x" * 201, "a\tb", "\u00e9"])
+@pytest.mark.parametrize("key", ["x" * 201, "a\tb", "\u00e9", ""])
 def test_keys_are_printable(lightrun_tcp: Daemon, key: str) -> None:
     body = request_body("true", detached=True)
     with send(lightrun_tcp, "POST", "/run", body, f"Idempotency-Key: {key}") as connection:
