@@ -3302,7 +3302,7 @@ class Gate:
     def _knows(self, authorization: str) -> bool:
         """Compares with every token, and digests of one length, so that time tells nothing of either."""
         scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip().encode("latin-1", "replace")).digest()
+        digest = hashlib.sha256(token.strip(" \t").encode("latin-1", "replace")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return any(matches) and scheme.lower() == "bearer"
 
@@ -3319,6 +3319,12 @@ def is_loopback_host(host: str) -> bool:
         return ipaddress.IPv4Address(name).is_loopback
     except ValueError:
         return False
+
+
+def is_length_certain(header: bytes, version: str, content_length: bool) -> bool:
+    """Whether no other server on the way could find another end of this request's body (RFC 9112, 6.1 and 6.3)."""
+    encodings = re.findall(rb"(?im)^transfer-encoding[ \t]*:[ \t]*(.*?)[ \t]*\r?$", header)
+    return not encodings or ([name.lower() for name in encodings] == [b"chunked"] and version == "1.1" and not content_length)
 
 
 def _parser_class(gate: Gate) -> type:
@@ -3350,6 +3356,14 @@ def _parser_class(gate: Gate) -> type:
                 error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code)}, {})
             self._error = error
             self.expect_continue = False  # no "100 Continue" before a refusal
+
+        def parse_header(self, header_plus: bytes) -> None:
+            try:
+                super().parse_header(header_plus)
+            except (ValueError, waitress.parser.TransferEncodingNotImplemented) as error:
+                raise waitress.parser.ParsingError("a header cannot be understood") from error
+            if not is_length_certain(header_plus, self.version, "CONTENT_LENGTH" in self.headers):
+                raise waitress.parser.ParsingError("the length of the body is not certain")
 
         def received(self, data: bytes) -> int:
             consumed: int = super().received(data)
