@@ -780,6 +780,7 @@ def is_link_local(host: str) -> bool:
     mapped = getattr(address, "ipv4_mapped", None) or address
     return bool(mapped.is_link_local)
 
+
 # --------------------------------------------------------------------------------------------------------------------
 # Run: the record of a run
 # --------------------------------------------------------------------------------------------------------------------
@@ -1112,10 +1113,14 @@ class Store:
         """The JSON of a run's head. Raises NotFound."""
         return str(self._one("SELECT head FROM runs WHERE id = ?", run_id)[0])
 
-    def details(self, run_id: str) -> tuple[dict[str, Any], bytes]:
-        """Tail and log frames of a finished run. Raises NotFound."""
-        tail, frames = self._one("SELECT tail, frames FROM details WHERE id = ?", run_id)
-        return json.loads(tail), frames
+    def tail(self, run_id: str) -> dict[str, Any]:
+        """Run.tail() of a finished run. Raises NotFound."""
+        tail: dict[str, Any] = json.loads(self._one("SELECT tail FROM details WHERE id = ?", run_id)[0])
+        return tail
+
+    def frames(self, run_id: str) -> bytes:
+        """The kept log of a finished run. Raises NotFound."""
+        return bytes(self._one("SELECT frames FROM details WHERE id = ?", run_id)[0])
 
     def heads(self, status: str | None, before: str | None, limit: int) -> list[str]:
         """The JSON of up to `limit` heads, newest first. Raises NotFound for an unknown `before`."""
@@ -2769,7 +2774,6 @@ class Call:
             raise UnsupportedMediaType("the body must be application/json")
         return bytes(self._environ["wsgi.input"].read())
 
-
     def optional_json(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The body by its schema; {} for none. Raises BadRequest, UnsupportedMediaType."""
         if self._environ.get("CONTENT_LENGTH") in {None, "", "0"}:
@@ -3182,8 +3186,7 @@ class Api:
     def _state(self, run_id: str) -> dict[str, Any]:
         if job := self._runner.job(run_id):
             return job.state()
-        tail, kept = self._store.details(run_id)
-        return whole_state(self._head(run_id), tail, log_lines(kept))
+        return whole_state(self._head(run_id), self._store.tail(run_id), log_lines(self._store.frames(run_id)))
 
     def _head(self, run_id: str) -> dict[str, Any]:
         job = self._runner.job(run_id)
@@ -3192,24 +3195,23 @@ class Api:
 
     def _kept(self, run_id: str) -> bytes:
         """The frames kept of a run's log."""
-        self._store.head(run_id)
         job = self._runner.job(run_id)
-        return job.log.frames() if job else self._store.details(run_id)[1]
+        return job.log.frames() if job else self._store.frames(run_id)
 
     def logs(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/logs"""
-        stream, tail, kind = call.query.get("stream"), call.query.get("tail"), BYTES
+        stream, tail = call.query.get("stream"), call.query.get("tail")
         job = self._runner.job(run_id)
         if not job or not call.query.get("follow"):
             kept = last_lines(raw_log(self._kept(run_id), stream), tail)
-            return Answer(200, kept, {"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
+            return Answer(200, kept, {"Content-Type": BYTES, "X-Content-Type-Options": "nosniff"})
 
         def pieces(followed: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
             with contextlib.closing(followed):
                 yield last_lines(raw_log(next(followed), stream), tail)
                 yield from (raw_log(piece, stream) for piece in followed)
 
-        return self._streamed(call, pieces(job.log.follow()), kind)
+        return self._streamed(call, pieces(job.log.follow()), BYTES)
 
     def delete(self, call: Call, run_id: str) -> Answer:
         """DELETE /runs/<id>"""
@@ -3248,11 +3250,7 @@ class Api:
         return json_answer([entry for entry in kept if posixpath.dirname(entry["path"]) == path])
 
     def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
-        self._store.head(run_id)
-        if self._runner.job(run_id):
-            return []
-        tail, _ = self._store.details(run_id)
-        return list(tail.get("artifacts", []))
+        return [] if self._runner.job(run_id) else list(self._store.tail(run_id).get("artifacts", []))
 
     def _streamed(
         self, call: Call, pieces: Generator[bytes, None, None], kind: str, place: contextlib.ExitStack | None = None

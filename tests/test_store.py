@@ -74,7 +74,8 @@ def test_a_run_from_acceptance_to_its_end(store: Store) -> None:
     )  # fmt: skip
     store.finish(ended, b"frames\0\xff")
     assert json.loads(store.head("one")) == ended.head()
-    assert store.details("one") == ({"artifacts": ARTIFACTS, "extracted": ended.extracted}, b"frames\0\xff")
+    assert store.tail("one") == {"artifacts": ARTIFACTS, "extracted": ended.extracted}
+    assert store.frames("one") == b"frames\0\xff"
 
 
 def test_all_of_it_survives_the_process(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_all_of_it_survives_the_process(tmp_path: Path) -> None:
     again = Store(tmp_path)
     assert (again.id, again.usage()) == (state_id, usage)
     assert json.loads(again.head("one")) == run.head()
-    assert again.details("one")[1] == b"log"
+    assert again.frames("one") == b"log"
     again.close()
 
 
@@ -195,7 +196,7 @@ def test_only_finished_runs_can_be_deleted(store: Store) -> None:
     assert (caught.value.status, caught.value.code) == (409, "running")
     finished(store, "two")
     store.delete("two")
-    for look in (store.head, store.details, store.delete):
+    for look in (store.head, store.tail, store.delete):
         with pytest.raises(NotFound):
             look("two")
     assert store.head("one")
@@ -203,7 +204,8 @@ def test_only_finished_runs_can_be_deleted(store: Store) -> None:
 
 def test_unknown_runs_are_not_found(store: Store) -> None:
     looks: list[Callable[[], Any]] = [
-        lambda: store.head("x"), lambda: store.details("x"), lambda: store.delete("x"), lambda: store.heads(None, "x", 1),
+        lambda: store.head("x"), lambda: store.tail("x"), lambda: store.frames("x"), lambda: store.delete("x"),
+        lambda: store.heads(None, "x", 1),
     ]  # fmt: skip
     for look in looks:
         with pytest.raises(NotFound):
