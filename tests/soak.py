@@ -29,11 +29,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-try:
-    import docker
-except ImportError:  # Not the tests' Python: go on in theirs.
+if __name__ == "__main__" and sys.prefix == sys.base_prefix:  # Not the tests' own Python: go on in that.
     python = str(Path(sys.path[0], ".venv/bin/python"))
     os.execv(python, [python, *sys.argv])
+
+import docker
 
 from conftest import ROOT, Answer, Daemon, Receiver, eventually
 from engine import DEFAULT_HOST, EngineApi, ensure_engine
