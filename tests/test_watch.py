@@ -420,6 +420,15 @@ def test_a_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     assert watchman.risen < 60 * MIB
 
 
+def test_a_polled_flood_costs_little_memory(daemon: DaemonFactory) -> None:
+    lightrun = daemon()
+    lightrun.run(entrypoint="true", network="none")
+    with Watchman(lightrun.pid) as watchman:
+        state = lightrun.wait(lightrun.detach(**FLOOD), timeout=60)
+    assert state["logs"][-1] == "last"
+    assert watchman.risen < 40 * MIB
+
+
 def test_slow_followers_of_a_flood_cost_little_memory_and_lose_nothing(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     lightrun.run(entrypoint="true", network="none")
