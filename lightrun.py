@@ -2166,6 +2166,7 @@ class Job:
         self.fed = request.stdin is None  # stdin was written whole
         self.recovered = False  # there may be a container already, whose output nobody has read
         self.relaunched = False
+        self.unheard = False  # it may have ended while no engine took its output
         self.output: Output | None = None
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
@@ -2483,7 +2484,7 @@ class Runner:
         """Wait until the engine is back. Raises RunEnds, EngineAbsent for a run that cannot wait or need not."""
         log.warning("run %s: %s", job.run.id, error)
         self._untidy.set()
-        job.recovered = True
+        job.recovered = job.unheard = True
         job.close_output()
         while not self._answers():
             if not job.begun:
@@ -2569,6 +2570,7 @@ class Runner:
         """Read to the end of the output and of the container, and send the signals that fall due meanwhile."""
         state = self._engine.inspect(job.container)
         if job.recovered:
+            job.unheard = job.unheard and not state.running
             self._readopt(job, state)
             state = self._engine.inspect(job.container)
             if not state.running:  # attached too late, and an engine may then never say that it was the end
@@ -2598,6 +2600,7 @@ class Runner:
         """What became of a container that has exited, and what it leaves."""
         if job.recovered:
             job.log.replace(self._engine.logs(job.container))
+            job.log.truncated = job.log.truncated or job.unheard
         if job.recovered and not job.fed:  # it may have taken the loss for the end of its input
             job.taken = job.taken or "interrupted"
         reason = job.taken or ("oom" if state.oom_killed and state.exit_code else "exited")
@@ -2995,6 +2998,7 @@ def openapi(settings: Settings) -> dict[str, Any]:
             "responses": {str(status): answer for status, answer in answers.items()},
         }  # fmt: skip
 
+    closed = bool(settings.token or settings.token_file)
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(re.sub(r"<(\w+)(:path)?>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
@@ -3002,8 +3006,8 @@ def openapi(settings: Settings) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "lightrun", "version": __version__, "license": {"name": "AGPL-3.0-or-later"}},
         "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"token": []}] if settings.token or settings.token_file else [],
+        "components": {"schemas": schemas, **({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if closed else {})},
+        "security": [{"token": []}] if closed else [],
     }
 
 
