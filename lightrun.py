@@ -2998,7 +2998,7 @@ def openapi(settings: Settings) -> dict[str, Any]:
             "responses": {str(status): answer for status, answer in answers.items()},
         }  # fmt: skip
 
-    closed = bool(settings.token or settings.token_file)
+    schemes = {"token": {"type": "http", "scheme": "bearer"}} if settings.token or settings.token_file else {}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
         paths.setdefault(re.sub(r"<(\w+)(:path)?>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
@@ -3006,8 +3006,8 @@ def openapi(settings: Settings) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "lightrun", "version": __version__, "license": {"name": "AGPL-3.0-or-later"}},
         "paths": paths,
-        "components": {"schemas": schemas, **({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if closed else {})},
-        "security": [{"token": []}] if closed else [],
+        "components": {"schemas": schemas, **({"securitySchemes": schemes} if schemes else {})},
+        "security": [{name: []} for name in schemes],
     }
 
 
