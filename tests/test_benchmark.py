@@ -1,0 +1,49 @@
+"""The short form of tests/benchmark.py, for its table and to see that it works. No absolute time is judged."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import docker
+import pytest
+
+import benchmark
+from conftest import ROOT
+
+
+@pytest.mark.timeout(180)
+def test_short_form_measures_everything(engine: docker.APIClient, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "tests/benchmark.py"), "--short", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print(done.stdout)  # CI keeps it
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(file.read_text("utf-8"))["measurements"]
+    assert set(measured) == set(benchmark.MEASUREMENTS)
+    for name, rows in measured.items():
+        assert rows, name
+        assert all(f"| {row['what']} |" in done.stdout for row in rows), name
+    failures = {row["what"]: row["value"] for row in measured["throughput"] if row["unit"] == "%"}
+    assert not any(failures.values()), failures
+
+
+def test_pairs_are_compared_one_by_one() -> None:
+    row = benchmark.compare("run", [2.0, 20.0, 9.0], "bare calls", [1.0, 10.0, 3.0], bar="≤ 3")
+    assert (row.value, row.baseline, row.ratio) == (9.0, 3.0, 2.0)
+    assert benchmark.table([row]).splitlines()[-1] == "| run | 9 ms | bare calls | 3 ms | 2.00 | ≤ 3 |"
+
+
+def test_every_round_begins_with_another_call() -> None:
+    order: list[str] = []
+
+    def call(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    measured = benchmark.in_turn(3, {name: functools.partial(call, name) for name in "abc"})
+    assert "".join(order) == "abcbcacab"
+    assert measured == {"a": [1.0, 6.0, 8.0], "b": [2.0, 4.0, 9.0], "c": [3.0, 5.0, 7.0]}
