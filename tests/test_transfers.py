@@ -244,8 +244,9 @@ NAMES: list[bytes] = [
     *(name.encode() for name in (
         'q"uo\'te', "line\nend\n", "tab\t", "%", "%41", "%2e%2e", "%2e%2e%2fx", "%00", "-rf", "--", " ", " a ", "...", ".hidden",
         "\r\nX-Evil: 1", "\r", 'x"; filename="y', ";filename=x", "*", "a\\b", "..\\..\\x", "\\", "?q=1", "#f", "a&b=c+d", "~",
-        "$(id)", "`id`", "\x7f", "\x01\x1b[2J", "é", "e\u0301", "😀", "\u202egnp.exe", "\ufeff", "\u2028", "\x85", "\uffff", "CON",
-        "C:", ".lightrun", ".partial", "x" * 255, "é" * 127, "%f" * 127, "con\x0b\x0c", "A", "a", "null", "pax_global_header",
+        "$(id)", "`id`", "\x7f", "\x01\x1b[2J", "é", "e\u0301", "😀", "\u202egnp.exe", "\ufeff", "\u2028", "\x85", "\uffff",
+        "CON", "C:", ".lightrun", ".partial", "x" * 255, "é" * 127, "%f" * 127, "con\x0b\x0c", "A", "a",
+        "null", "pax_global_header",
     )),
 ]  # fmt: skip
 NOT_TEXT = [b"\xff", b"\xc3", b"a\xed\xa0\x80", b"\xc0\xae\xc0\xae", b"\xff" * 255, b"ok\xfe\n"]
