@@ -610,21 +610,19 @@ def parse_json(raw: bytes) -> Any:
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
 
 
-def _bad_strings(value: Any, path: list[Any]) -> Iterator[dict[str, Any]]:
-    """NULs and lone surrogates, which neither a file system nor a process takes, anywhere in a body; and its depth."""
-    if len(path) > MAX_JSON_DEPTH:
-        yield {"path": path[:3], "message": "is nested too deeply"}
+def _bad_strings(value: Any, path: list[Any], depth: int = 0) -> Iterator[dict[str, Any]]:
+    """NULs and lone surrogates, which neither a file system nor a process takes, anywhere in a body; and its depth. What
+    stands in `input` is not told, not even its names: it is the program's own."""
+    if depth > MAX_JSON_DEPTH:
+        yield {"path": path, "message": "is nested too deeply"}
     elif isinstance(value, str) and _BAD_CHARACTERS.search(value):
         yield {"path": path, "message": "must not hold NUL characters or lone surrogates"}
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _bad_strings(item, [*path, index])
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            if _BAD_CHARACTERS.search(name):
+    elif isinstance(value, (list, dict)):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(name, str) and _BAD_CHARACTERS.search(name):
                 yield {"path": path, "message": "must not have names with NUL characters or lone surrogates"}
             else:
-                yield from _bad_strings(item, [*path, name])
+                yield from _bad_strings(item, path if path == ["input"] else [*path, name], depth + 1)
 
 
 def clean_path(path: str) -> str:
@@ -1728,13 +1726,16 @@ class Engine:
         """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
         `seconds` bounds a silence."""
         import docker.auth
+        import docker.errors
         import docker.utils
 
         with self._call("pull the image") as api:
-            api.reload_config()
             repository, tag = docker.utils.parse_repository_tag(reference)
-            registry, _ = docker.auth.resolve_repository_name(repository)
-            credentials = docker.auth.get_config_header(api, registry)
+            try:
+                api.reload_config()
+                credentials = docker.auth.get_config_header(api, docker.auth.resolve_repository_name(repository)[0])
+            except (docker.errors.DockerException, ValueError, LookupError, TypeError, AttributeError) as error:  # may quote secrets
+                raise EngineError("the Docker configuration holds credentials that cannot be read") from error
             with contextlib.closing(self._stream(
                 "POST", "/images/create", seconds, params={"fromImage": repository, "tag": tag},
                 headers={"X-Registry-Auth": credentials} if credentials else {},
@@ -1930,10 +1931,11 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
     CallbackError."""
     parts = urllib.parse.urlsplit(url)
     tls, host = parts.scheme == "https", parts.hostname or ""
+    port = parts.port or (443 if tls else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, parts.port, timeout=CALLBACK_SECONDS)
     try:
-        sock = _connect(host, connection.port, allow)
+        connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, port, timeout=CALLBACK_SECONDS)
+        sock = _connect(host, port, allow)
         late = threading.Event()
         guard = threading.Timer(CALLBACK_SECONDS, _shut, [sock, late])  # an answer that trickles would take longer
         guard.start()
@@ -2643,7 +2645,10 @@ class Runner:
             return {"status": "missing"}
         except EngineAbsent:
             raise
-        except (EngineError, ArtifactError) as error:
+        except EngineError as error:  # whose text may name paths of the host
+            log.warning("run %s: %s", job.run.id, error)
+            return {"status": "error", "message": "the engine cannot copy it out"}
+        except ArtifactError as error:
             return {"status": "error", "message": str(error)}
 
     def _record(self, job: Job, ending: dict[str, Any]) -> None:
