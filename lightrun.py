@@ -1734,7 +1734,7 @@ class Engine:
             try:
                 api.reload_config()
                 credentials = docker.auth.get_config_header(api, docker.auth.resolve_repository_name(repository)[0])
-            except (docker.errors.DockerException, ValueError, LookupError, TypeError, AttributeError) as error:  # may quote secrets
+            except (docker.errors.DockerException, ValueError, LookupError, TypeError, AttributeError) as error:  # secret
                 raise EngineError("the Docker configuration holds credentials that cannot be read") from error
             with contextlib.closing(self._stream(
                 "POST", "/images/create", seconds, params={"fromImage": repository, "tag": tag},
