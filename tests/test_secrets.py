@@ -168,6 +168,20 @@ def test_pulls_with_a_password(lightrun: Daemon, receiver: Receiver, locked: Reg
     nothing_is_left(lightrun)
 
 
+def test_a_password_that_is_wrong(daemon: DaemonFactory, locked: Registry, tmp_path: Path) -> None:
+    """Even a Docker configuration that nobody can read stands in no message."""
+    lightrun, image = guarded(daemon, locked, tmp_path, "--log-format", "json"), f"{locked.address}/some/other:1"
+    config = lightrun.home / ".docker/config.json"
+    wrong = [f"someone:{CANARIES['password']}x", CANARIES["password"], f"{CANARIES['password']}:\xff"]
+    for auth in (*(base64.b64encode(text.encode("latin-1")).decode() for text in wrong), CANARIES["password"] + "!"):
+        config.write_text(json.dumps({"auths": {locked.address: {"auth": auth}}}))
+        assert lightrun.run(image=image, entrypoint="true")["reason"] == "pull_failed"
+    for text in (f'{{"auths": "{CANARIES["password"]}', f'{{"auths": {{"{CANARIES["password"]}": 1}}}}'):
+        config.write_text(text)
+        assert lightrun.run(image=image, entrypoint="true")["reason"] == "pull_failed"
+    nothing_is_left(lightrun)
+
+
 def test_a_run_while_it_runs(lightrun: Daemon, engine: docker.APIClient, receiver: Receiver) -> None:
     runs = [lightrun.detach(**common, entrypoint="sleep 60") for common in secrets(receiver)]
     for run in runs:
@@ -205,7 +219,8 @@ BAD: list[dict[str, Any]] = [
     {"files": {"c": {"text": FILE}, "d": FILE + "\0", "e": "\ud800" + FILE}},
     {"files": [FILE]}, {"files": FILE}, {"files": {"a": FILE, "a/b": FILE}},
     {"stdin": [STDIN]}, {"stdin": {"x": STDIN}}, {"stdin": STDIN + "\0"}, {"stdin": STDIN, "input": INPUT},
-    {"input": INPUT + "\0"}, {"input": {"a": [INPUT, "\0"]}}, {"input": {INPUT + "\0": 1}},
+    {"input": INPUT + "\0"}, {"input": {"a": [INPUT, "\0"]}}, {"input": {INPUT + "\0": 1}}, {"input": {INPUT: "\0"}},
+    {"input": {INPUT: {INPUT: json.loads("[" * 110 + "1" + "]" * 110)}}},
     {"callbackUrl": URL}, {"callbackUrl": [URL], "detached": True}, {"callbackUrl": "ftp" + URL, "detached": True},
     {"callbackUrl": URL + " x", "detached": True}, {"callbackUrl": URL + "x" * 2048, "detached": True},
     {"callbackUrl": f"http://u:{CANARIES['callbackUrl']}@127.0.0.1/", "detached": True},
