@@ -2170,6 +2170,7 @@ class Job:
         self.relaunched = False
         self.unheard = False  # it may have ended while no engine took its output
         self.output: Output | None = None
+        self.stdin: Any = None  # a socket
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
         self._entered = time.monotonic()
@@ -2216,12 +2217,15 @@ class Job:
             os.close(self.wake)
             os.close(self._waker)
             self._waker = -1
-        self.close_output()
+        self.close_streams()
 
-    def close_output(self) -> None:
-        """Let go of the attach stream."""
+    def close_streams(self) -> None:
+        """Let go of the attach stream, and of stdin: an engine leaves whoever feeds it waiting when the container has ended."""
         if self.output:
             self.output.close()
+        if self.stdin:
+            with contextlib.suppress(OSError):
+                self.stdin.shutdown(socket.SHUT_RDWR)
 
 
 class Pull:
@@ -2449,20 +2453,20 @@ class Runner:
             if request.files or not image.root:
                 engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
             job.output = engine.attach(job.container)
-            stdin = None if request.stdin is None else engine.open_stdin(job.container)
+            job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
             self._insist(job, lambda: self._store.begin(job.run.id))
             job.begun, job.request = True, dataclasses.replace(request, files={}, stdin=None)  # which may be large
             engine.start(job.container)
-            if stdin:
-                self._spawn(self._feed, job, stdin, request.stdin)
+            if job.stdin:
+                self._spawn(self._feed, job, request.stdin)
         except EngineAbsent as error:
             self._mind_absence(job, error)  # if it was asked to start, what follows looks whether it did
         except EngineError as error:
             if job.relaunched or not isinstance(error, EngineMissing):
                 raise RunEnds("start_failed", str(error)) from error
             engine.forget_network()  # pruned since it was last used, most likely
-            job.close_output()
+            job.close_streams()
             job.begun, job.request, job.recovered, job.relaunched = False, request, True, True
 
     def _has_started(self, job: Job) -> bool:
@@ -2487,7 +2491,7 @@ class Runner:
         log.warning("run %s: %s", job.run.id, error)
         self._untidy.set()
         job.recovered = job.unheard = True
-        job.close_output()
+        job.close_streams()
         while not self._answers():
             if not job.begun:
                 job.check()
@@ -2495,9 +2499,9 @@ class Runner:
                 raise error
             time.sleep(RETRY_SECONDS)
 
-    def _feed(self, job: Job, stdin: Any, data: bytes) -> None:
+    def _feed(self, job: Job, data: bytes) -> None:
         """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
-        with contextlib.closing(stdin), contextlib.suppress(OSError, Unavailable):
+        with contextlib.closing(job.stdin) as stdin, contextlib.suppress(OSError, Unavailable):
             stdin.sendall(data)
             stdin.shutdown(socket.SHUT_WR)
             job.fed = True
@@ -2576,7 +2580,7 @@ class Runner:
             self._readopt(job, state)
             state = self._engine.inspect(job.container)
             if not state.running:  # attached too late, and an engine may then never say that it was the end
-                job.close_output()
+                job.close_streams()
         if state.started is None:
             raise RunEnds("engine_error", "the engine does not say when the container started")
         job.run.image_id, job.run.started = state.image_id, state.started
