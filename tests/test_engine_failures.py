@@ -118,7 +118,8 @@ def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -
         state = lightrun.wait(run)
         assert (state["reason"], state["exitCode"]) == ("exited", 0)
         assert state["artifacts"] == [{"path": "x", "bytes": 5, "type": "file"}]
-        assert state["logs"] == ["in", "meanwhile", "end"] or run == short, state
+        # What a container wrote is lost to an engine (20.10) that was away at its end.
+        assert state["logs"] == ["in", "meanwhile", "end"] or (run == short and state["logsTruncated"]), state
     assert lightrun.wait(queued)["logs"] == ["queued"]
     is_fine(lightrun)
 
