@@ -283,8 +283,9 @@ def test_schemathesis_finds_no_answer_outside_the_document(daemon: DaemonFactory
     process = psutil.Process(lightrun.pid)
     # `positive_data_acceptance` cannot apply: the rules between fields (input or stdin, setup with an entrypoint), and
     # those of formats, give a 400 that JSON Schema does not foresee. `object_level_authorization` needs users of different
-    # rights; lightrun has one right. 503 is documented, and what a busy daemon must say.
-    excluded = "positive_data_acceptance,object_level_authorization"
+    # rights; lightrun has one right. `ensure_resource_availability` takes a run that was deleted by an id out of `GET /runs`
+    # for one that was lost. 503 is documented, and what a busy daemon must say.
+    excluded = "positive_data_acceptance,object_level_authorization,ensure_resource_availability"
     (tmp_path / "schemathesis.toml").write_text(
         '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "503"]\n'
     )
