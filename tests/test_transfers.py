@@ -158,7 +158,7 @@ def link_image(engine_api: EngineApi, victim: Path, request: pytest.FixtureReque
     remove_image(engine_api, image)
 
 
-@pytest.mark.parametrize("name", ["absolute", "relative", "dangling", "up", "host", "loop", "passwd", "proc", "root", "root/srv"])
+@pytest.mark.parametrize("name", ["absolute", "relative", "dangling", "up", "host", "loop", "passwd", "proc", "root"])
 def test_a_workdir_that_is_a_link(lightrun: Daemon, victim: Path, link_image: str, name: str) -> None:
     state = lightrun.run(
         image=link_image, workdir=f"/links/{name}", files={"f": "in", "d/f": "deep"}, extract=["new", "d", "secret"],
