@@ -359,7 +359,7 @@ def measure_runs(bench: Bench) -> list[Row]:
         in_turn(1, calls)
         for warm in kept.values():
             warm.clear()
-        took = in_turn(bench.pick(2, 40), calls)
+        took = in_turn(bench.pick(2, 30), calls)
     rows = []
     for name, transport in itertools.product(requests, ("tcp", "unix")):
         what, ours = f"{name} run, {transport}", took[f"{name} {transport}"]
@@ -405,7 +405,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
         return functools.partial(opened.enter_context(bench.tcp.client()).run, PLAIN)
 
     for clients in (1, 8) if bench.short else (1, 2, 4, 8, 16):
-        runs = bench.pick(8, max(24, 2 * clients))
+        runs = bench.pick(8, max(16, 2 * clients))
         failed = {"lightrun": 0, "docker": 0}
 
         def lightrun_runs(clients: int = clients, runs: int = runs, failed: dict[str, int] = failed) -> float:
@@ -419,7 +419,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
             failed["docker"] += failures
             return runs / seconds
 
-        rounds = bench.pick(1, 4)
+        rounds = bench.pick(1, 3)
         rates = in_turn(rounds, {"lightrun": lightrun_runs, "docker": docker_runs})
         bar = "≥ 1.0" if clients == 8 else ""
         what = f"throughput, {clients} clients"
@@ -432,7 +432,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
 def measure_own_cost(bench: Bench) -> list[Row]:
     """What lightrun adds to a run: CPU, and the time that the run's own timings do not account for."""
     cpu, bare_cpu, outside = 0.0, 0.0, []
-    rounds = bench.pick(4, 100)
+    rounds = bench.pick(4, 50)
     plain = bench.request(PLAIN)
     with bench.tcp.client() as client:
         client.run(PLAIN)
@@ -500,7 +500,7 @@ def _followers(bench: Bench, daemon: Daemon, run_id: str) -> list[Row]:
 
 def measure_many_runs(bench: Bench) -> list[Row]:
     """Whether memory grows with the runs that were."""
-    runs, daemon = bench.pick(8, 400), bench.tcp
+    runs, daemon = bench.pick(8, 300), bench.tcp
 
     def client(opened: contextlib.ExitStack) -> Callable[[], object]:
         return functools.partial(opened.enter_context(daemon.client()).run, PLAIN)
@@ -802,20 +802,23 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
 # ---------------------------------------------------------------- The command
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows as Markdown."""
+HEAD = "| measurement | lightrun | against | it takes | ratio | bar |\n|---|---:|---|---:|---:|---|"
+
+
+def lines(rows: Sequence[Row]) -> str:
+    """Rows as lines of a Markdown table."""
 
     def number(value: float | None, unit: str = "") -> str:
         if value is None:
             return ""
         return f"{value:,.{0 if abs(value) >= 100 or value == int(value) else 1}f} {unit}".strip()
 
-    lines = ["| measurement | lightrun | against | it takes | ratio | bar |", "|---|---:|---|---:|---:|---|"]
+    written = []
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         value, baseline = number(row.value, row.unit), number(row.baseline, row.unit)
-        lines.append(f"| {row.what} | {value} | {row.against} | {baseline} | {ratio} | {row.bar} |")
-    return "\n".join(lines)
+        written.append(f"| {row.what} | {value} | {row.against} | {baseline} | {ratio} | {row.bar} |")
+    return "\n".join(written)
 
 
 def machine() -> dict[str, Any]:
@@ -854,9 +857,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that daemons and containers go too
     temporary = tempfile.gettempdir()
     figures: dict[str, Any] = {"machine": machine(), "short": options.short, "measurements": {}}
-    rows: list[Row] = []
+    print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()), HEAD, sep="\n\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         tempfile.tempdir = os.environ["TMPDIR"] = folder
         try:
@@ -864,14 +868,12 @@ def main(arguments: list[str] | None = None) -> int:
                 for name in options.only:
                     began = time.monotonic()
                     measured = MEASUREMENTS[name](bench)
-                    rows += measured
+                    print(lines(measured), flush=True)
                     figures["measurements"][name] = [dataclasses.asdict(row) for row in measured]
                     print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         finally:
             tempfile.tempdir = os.environ["TMPDIR"] = temporary
     figures["machine"]["load at the end"] = [round(load, 1) for load in os.getloadavg()]
-    print(", ".join(f"{name} {value}" for name, value in figures["machine"].items()), end="\n\n")
-    print(table(rows))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
     return 0
