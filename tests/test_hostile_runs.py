@@ -90,6 +90,7 @@ def test_tiny_pieces_of_two_streams_cost_no_memory(daemon: DaemonFactory) -> Non
         time.sleep(0.2)
     state = lightrun.state(run)
     assert outcome(state) == ("failed", "timeout", 137)
+    assert state["logsTruncated"], "the run did not write enough to tell"
     assert {line[0] + str(set(line)) for line in state["logs"]} <= {"a{'a'}", "b{'b'}"}
     assert slowest < AT_ONCE_SECONDS
     assert most - before < 32 * MIB, f"{(most - before) / MIB:.1f} MiB more"
