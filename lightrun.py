@@ -35,6 +35,7 @@ import ctypes
 import dataclasses
 import datetime
 import email.utils
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -89,6 +90,8 @@ MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variab
 MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
 MIN_PIDS = 2  # the init and one program
 MAX_QUERY_BYTES = 4 * KIB  # of a URL's query
+MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket (unix(7), with its NUL)
+MAX_SETTINGS_BYTES = MIB  # of a file of tokens, of Docker's configuration, of a certificate
 
 MAX_ARTIFACT_ENTRIES = 50_000  # files and folders one run may keep: each costs an inode and a line of state
 MAX_ARTIFACT_DEPTH = 64  # folders inside each other; what lies deeper is skipped
@@ -265,19 +268,34 @@ def _one_of(*words: str) -> Callable[[str], str]:
     return _cast(str, lambda word: word in words, "one of " + ", ".join(words))
 
 
-def _names_engine(text: str) -> bool:
+def _split_engine(text: str) -> tuple[str | None, str | None, int | None]:
+    """Path, host and port of an engine's address, of which the Docker CLI would take more kinds. Raises ValueError."""
+    scheme, _, rest = text.partition("://")
+    if scheme == "unix" and rest.startswith("/") and len(rest.encode()) <= MAX_SOCKET_PATH_BYTES:
+        return rest, None, None
     url = urllib.parse.urlsplit(text)
-    return bool(url.path) if url.scheme == "unix" else url.scheme == "tcp" and bool(url.hostname and url.port)
+    if scheme != "tcp" or rest.rstrip("/") != url.netloc or "@" in rest or not url.hostname or not url.port:
+        raise ValueError
+    return None, url.hostname, url.port
 
 
 _text = _cast(str, lambda text: text == text.strip() != "" and text.isprintable(), "printable text without spaces around it")
 _mode = _cast(lambda text: int(text, 8), lambda mode: 0 <= mode <= 0o777, "an octal mode such as 0600")
 _cpus = _cast(float, lambda cpus: 0.01 <= cpus <= 10_000, "a number of CPUs such as 0.5 or 2, at least 0.01")
-_docker_host = _cast(_text, _names_engine, "unix:///path or tcp://host:port")
+_docker_host = _cast(_text, lambda text: any(_split_engine(text)), "unix:///path or tcp://host:port")
 
 
 def _path(text: str) -> Path:
     return Path(_text(text)).expanduser().absolute()
+
+
+def small_file(path: Path) -> bytes:
+    """A file that somebody wrote for us. Raises OSError, also for one that is too large for that."""
+    with path.open("rb") as file:
+        data = file.read(MAX_SETTINGS_BYTES + 1)
+    if len(data) > MAX_SETTINGS_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data
 
 
 def option(cast: Callable[[str], Any], default: Any, text: str, shown: str = "") -> Any:
@@ -1651,6 +1669,114 @@ def translated(action: str) -> Iterator[None]:
         raise EngineAbsent(f"the engine did not answer (to {action})") from error
     except (OSError, http.client.HTTPException) as error:
         raise EngineAbsent(f"the connection to the engine broke (to {action})") from error
+
+
+# -- where the engine is
+
+DEFAULT_ENGINE = "unix:///var/run/docker.sock"
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineAddress:
+    """Where the engine listens: the path of a Unix socket, or a host and a port, with TLS or without; and as a URL."""
+
+    path: str | None
+    host: str | None
+    port: int | None
+    tls: ssl.SSLContext | None
+    url: str
+
+
+def engine_address(settings: Settings, environment: Mapping[str, str]) -> EngineAddress:
+    """Found as the Docker CLI finds it: --docker-host, DOCKER_HOST, the context in use, the default socket. Raises
+    UsageError for a value that names no engine, StartError for a file that is needed and missing or of no use."""
+    folder = _docker_folder(environment)
+    current = _docker_json(folder / "config.json").get("currentContext")
+    context = environment.get("DOCKER_CONTEXT") or current or "default"
+    source, url = "--docker-host", settings.docker_host
+    if not url:
+        source, url = "DOCKER_HOST", environment.get("DOCKER_HOST")
+    if not url and context != "default":
+        return _context_address(folder / "contexts", context)
+    address = _address(source, url or DEFAULT_ENGINE)
+    verify, certificates = bool(environment.get("DOCKER_TLS_VERIFY")), environment.get("DOCKER_CERT_PATH")
+    if not verify and not certificates and not environment.get("DOCKER_TLS"):
+        return address
+    tls = _tls(Path(certificates or folder), verify, needed=not verify)
+    return dataclasses.replace(address, tls=None if address.path else tls)
+
+
+def _context_address(contexts: Path, name: str) -> EngineAddress:
+    """What `docker context create` has stored: a file of JSON, and certificates if there are any."""
+    digest, source = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest(), f"the Docker context {name!r}"
+    meta, certificates = contexts / "meta" / digest / "meta.json", contexts / "tls" / digest / "docker"
+    endpoint = (_docker_json(meta).get("Endpoints") or {}).get("docker")
+    if not isinstance(endpoint, dict) or not isinstance(endpoint.get("Host", ""), str):
+        raise StartError(f"{source} is in use, and {meta} names no engine")
+    address = _address(source, endpoint.get("Host") or DEFAULT_ENGINE)
+    log.info("the engine is that of %s: %s", source, address.url)
+    verify = not endpoint.get("SkipTLSVerify")
+    if address.path or (verify and not os.access(certificates, os.F_OK)):
+        return address
+    return dataclasses.replace(address, tls=_tls(certificates, verify))
+
+
+def _address(source: str, url: str) -> EngineAddress:
+    try:
+        path, host, port = _split_engine(_docker_host(url))
+    except ValueError as error:
+        raise UsageError(f"{source}: {error}") from error
+    return EngineAddress(path, host, port, None, url)
+
+
+def _docker_folder(environment: Mapping[str, str]) -> Path:
+    """Where Docker's configuration is."""
+    if folder := environment.get("DOCKER_CONFIG"):
+        return Path(folder)
+    try:
+        return Path(environment.get("HOME") or Path.home()) / ".docker"
+    except RuntimeError:
+        return Path(os.devnull)  # this user has no home: a place where nothing is
+
+
+def _docker_json(path: Path) -> dict[str, Any]:
+    """One of Docker's files; {} when there is none, or none that we may read. Raises StartError."""
+    try:
+        value: Any = json.loads(small_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except PermissionError as error:
+        log.warning("%s is not read: %s", path, error.strerror)
+        return {}
+    except OSError as error:
+        raise StartError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise StartError(f"{path} is not JSON") from error
+    kinds = {"auths": dict, "credHelpers": dict, "proxies": dict, "Endpoints": dict, "credsStore": str, "currentContext": str}
+    none = type(None)
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), (kind, none)) for name, kind in kinds.items()):
+        raise StartError(f"{path} is not a configuration of Docker's")
+    return {**value}
+
+
+def _tls(folder: Path, verify: bool, needed: bool = False) -> ssl.SSLContext:
+    """With the certificates of a folder, under Docker's names: its CA if the engine is to be verified, and our own if there
+    is one or it is needed. Raises StartError."""
+    ca, ours, key = (folder / name for name in ("ca.pem", "cert.pem", "key.pem"))
+    known = needed or any(os.access(path, os.F_OK) for path in (ours, key))
+    try:
+        for path in [ca] * verify + [ours, key] * known:
+            small_file(path)  # OpenSSL does not say which one is missing
+        context = ssl.create_default_context(cafile=ca if verify else None)
+        context.check_hostname = verify
+        context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+        if known:
+            context.load_cert_chain(ours, key, password=lambda: "")  # else OpenSSL would ask at a terminal
+    except ssl.SSLError as error:
+        raise StartError(f"TLS to the engine: the files in {folder} are of no use: {error.reason}") from error
+    except OSError as error:
+        raise StartError(f"TLS to the engine: {error.filename} cannot be read: {error.strerror}") from error
+    return context
 
 
 class Engine:

@@ -6,14 +6,19 @@ How each option is read is tested in test_requests.py, without a process.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import http.client
 import json
 import os
 import re
 import resource
+import shutil
+import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from engine import IMAGE
 README = (ROOT / "README.md").read_text("utf-8")
 FIELDS = dataclasses.fields(lightrun.Settings)
 HELP_SECONDS = 0.3
+MIB = 1 << 20
 # What must not be imported before the arguments are right: each costs more than all else together.
 LAZY = {"bottle", "docker", "requests", "urllib3", "waitress"}
 # What a daemon that does not start leaves open is closed by the end of its process.
@@ -284,6 +290,182 @@ def test_a_state_dir_that_is_a_file(serve: Command, tmp_path: Path) -> None:
     done = serve()
     assert done.code == 1
     assert str(tmp_path / "state") in done.line()
+
+
+# ---------------------------------------------------------------- Where the engine is
+
+CONTEXT_ID = hashlib.sha256(b"far").hexdigest()
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 that signs itself, as Docker's three files; another's key, and one that is encrypted."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("other", "key"):
+        line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=lightrun"
+        files = ["-keyout", str(folder / f"{name}.pem"), "-out", str(folder / "cert.pem")]
+        subprocess.run([*line.split(), "-addext", "subjectAltName=IP:127.0.0.1", *files], check=True, capture_output=True)
+    shutil.copy(folder / "cert.pem", folder / "ca.pem")
+    encrypt = f"openssl ec -aes256 -passout pass:secret -in {folder}/key.pem -out {folder}/locked.pem"
+    subprocess.run(encrypt.split(), check=True, capture_output=True)
+    return folder
+
+
+def _docker_files(home: Path, *, config: bytes | None = None, meta: bytes | None = None, tls: Path | None = None) -> None:
+    """Docker's configuration in a home: its own file, and what it keeps of the context `far`."""
+    files: dict[str, bytes | None] = {"config.json": config, f"contexts/meta/{CONTEXT_ID}/meta.json": meta}
+    for name in ("ca.pem", "cert.pem", "key.pem") if tls else ():
+        files[f"contexts/tls/{CONTEXT_ID}/docker/{name}"] = (tls / name).read_bytes()  # type: ignore[operator]
+    for name, content in files.items():
+        if content is not None:
+            (home / ".docker" / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / ".docker" / name).write_bytes(content)
+
+
+def _meta(host: str, skip: bool = False) -> bytes:
+    endpoint = {"Host": host, "SkipTLSVerify": skip}
+    return json.dumps({"Name": "far", "Metadata": {}, "Endpoints": {"docker": endpoint}}).encode()
+
+
+def _engine(home: Path, option: str | None = None, **environment: str) -> lightrun.EngineAddress:
+    return lightrun.engine_address(lightrun.Settings(docker_host=option), {"HOME": str(home), **environment})
+
+
+USED = b'{"currentContext": "far"}'
+FAR = _meta("tcp://far:2375")
+SOCKET = ("/var/run/docker.sock", None, None)
+
+
+@pytest.mark.parametrize(
+    ("files", "option", "environment", "found"),
+    [
+        ({}, None, {}, SOCKET),
+        ({}, None, {"DOCKER_HOST": "", "DOCKER_CONTEXT": "", "DOCKER_TLS_VERIFY": "", "DOCKER_CERT_PATH": ""}, SOCKET),
+        ({}, None, {"DOCKER_HOST": "unix:///a b%20?#"}, ("/a b%20?#", None, None)),
+        ({}, None, {"DOCKER_HOST": "tcp://[::1]:1"}, (None, "::1", 1)),
+        ({}, "tcp://near:2/", {"DOCKER_HOST": "unix:///x"}, (None, "near", 2)),
+        ({}, "tcp://near:2", {"DOCKER_HOST": "ssh://x"}, (None, "near", 2)),
+        ({"config": b"{}"}, None, {}, SOCKET),
+        ({"config": b'{"currentContext": null, "auths": null, "anything": 1}'}, None, {}, SOCKET),
+        ({"config": b'{"currentContext": "default"}'}, None, {}, SOCKET),
+        ({"config": USED, "meta": FAR}, None, {}, (None, "far", 2375)),
+        ({"config": USED, "meta": FAR}, None, {"DOCKER_CONTEXT": "default"}, SOCKET),
+        ({"config": USED, "meta": FAR}, None, {"DOCKER_HOST": "unix:///x"}, ("/x", None, None)),
+        ({"config": USED, "meta": FAR}, "unix:///y", {"DOCKER_CONTEXT": "far"}, ("/y", None, None)),
+        ({"meta": FAR}, None, {"DOCKER_CONTEXT": "far"}, (None, "far", 2375)),
+        ({"meta": _meta("unix:///z", skip=True)}, None, {"DOCKER_CONTEXT": "far"}, ("/z", None, None)),
+        ({"meta": b'{"Endpoints": {"docker": {}}}'}, None, {"DOCKER_CONTEXT": "far"}, SOCKET),
+    ],
+)
+def test_where_the_engine_is(
+    tmp_path: Path, files: dict[str, bytes], option: str | None, environment: dict[str, str], found: tuple[Any, ...]
+) -> None:
+    _docker_files(tmp_path, **files)  # type: ignore[arg-type]
+    address = _engine(tmp_path, option, **environment)
+    assert (address.path, address.host, address.port, address.tls) == (*found, None)
+    assert address.url.startswith("unix://" if address.path else "tcp://")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "x", "ssh://me@far", "npipe:////./pipe/docker_engine", "fd://", "http://h:1", "TCP://h:1", "h:1", "/var/run/docker.sock",
+        "unix://", "unix://relative", "unix://var/run/docker.sock", "unix:///" + "x" * 107, "tcp://", "tcp://h", "tcp://h:0",
+        "tcp://h:x", "tcp://h:99999", "tcp://[::1", "tcp://h:1/base", "tcp://me:secret@h:1", "tcp://h:1?x", "tcp://h:1#x",
+        " unix:///x", "a\udcff",
+    ],
+)  # fmt: skip
+def test_a_value_that_names_no_engine(tmp_path: Path, url: str) -> None:
+    """The variable and a context are judged as the option is."""
+    _docker_files(tmp_path, meta=_meta(url))
+    with pytest.raises(lightrun.UsageError, match="--docker-host: must be"):
+        lightrun.read_settings({"docker_host": url}, {})
+    with pytest.raises(lightrun.UsageError, match="DOCKER_HOST: must be"):
+        _engine(tmp_path, DOCKER_HOST=url)
+    with pytest.raises(lightrun.UsageError, match="the Docker context 'far': must be"):
+        _engine(tmp_path, DOCKER_CONTEXT="far")
+
+
+@pytest.mark.parametrize(
+    ("files", "environment", "said"),
+    [
+        *[
+            ({"config": content}, {}, ".docker/config.json")
+            for content in (b"", b"[]", b"3", b"null", b"\xff\x00", b"[" * 10**5, b" " * 2 * MIB, b'{"currentContext": 3}',
+                            b'{"auths": []}', b'{"proxies": []}', b'{"credHelpers": 1}', b'{"credsStore": {}}')
+        ],
+        ({"config": USED}, {}, "the Docker context 'far'"),
+        ({}, {"DOCKER_CONTEXT": "far"}, "the Docker context 'far'"),
+        ({}, {"DOCKER_CONTEXT": "\udcff"}, "the Docker context"),
+        ({"config": b'{"currentContext": "\\ud800"}'}, {}, "the Docker context"),
+        *[
+            ({"meta": content}, {"DOCKER_CONTEXT": "far"}, CONTEXT_ID)
+            for content in (b"", b"[]", b"{}", b'{"Endpoints": []}', b'{"Endpoints": {"docker": 1}}',
+                            b'{"Endpoints": {"docker": {"Host": 1}}}')
+        ],
+        ({}, {"DOCKER_CERT_PATH": "/nowhere"}, "/nowhere/cert.pem"),
+        ({}, {"DOCKER_CERT_PATH": "/nowhere", "DOCKER_TLS_VERIFY": "1"}, "/nowhere/ca.pem"),
+        ({}, {"DOCKER_CERT_PATH": "/dev/zero", "DOCKER_TLS_VERIFY": "1"}, "/dev/zero/ca.pem"),
+        ({}, {"DOCKER_TLS_VERIFY": "1"}, ".docker/ca.pem"),
+        ({}, {"DOCKER_TLS": "1"}, ".docker/cert.pem"),
+        ({"config": b"{}"}, {"DOCKER_TLS_VERIFY": "1", "DOCKER_HOST": "tcp://h:1"}, ".docker/ca.pem"),
+    ],
+)  # fmt: skip
+def test_files_of_docker_that_are_of_no_use(
+    tmp_path: Path, files: dict[str, bytes], environment: dict[str, str], said: str
+) -> None:
+    _docker_files(tmp_path, **files)  # type: ignore[arg-type]
+    with pytest.raises(lightrun.StartError, match=re.escape(said)) as caught:
+        _engine(tmp_path, **environment)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / ".docker/config.json").mkdir(parents=True)
+    with pytest.raises(lightrun.StartError, match=r"config\.json cannot be read: Is a directory"):
+        _engine(tmp_path)
+
+
+def test_a_configuration_that_is_not_ours_to_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is another user's, perhaps: said, and no reason not to start. Root reads everything, so the reading fails here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightrun, "small_file", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", path)))
+        assert _engine(tmp_path).path == "/var/run/docker.sock"
+    assert f"{tmp_path}/.docker/config.json is not read: Permission denied" in caplog.text
+
+
+@pytest.mark.parametrize("source", ["variables", "verified context", "context"])
+def test_tls_to_the_engine(tmp_path: Path, certificates: Path, source: str) -> None:
+    """By the variables or a context; a server with another certificate is not taken for the engine."""
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates / "ca.pem")
+    server_side.load_cert_chain(certificates / "cert.pem", certificates / "key.pem")
+    server_side.verify_mode = ssl.CERT_REQUIRED
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+        url = f"tcp://127.0.0.1:{listening.getsockname()[1]}"
+        if source == "variables":
+            address = _engine(tmp_path, DOCKER_HOST=url, DOCKER_TLS_VERIFY="1", DOCKER_CERT_PATH=str(certificates))
+        else:
+            _docker_files(tmp_path, config=USED, meta=_meta(url, skip=source == "context"), tls=certificates)
+            address = _engine(tmp_path)
+        assert address.tls
+        assert address.tls.verify_mode == (ssl.CERT_NONE if source == "context" else ssl.CERT_REQUIRED)
+        serving = pool.submit(lambda: server_side.wrap_socket(listening.accept()[0], server_side=True))
+        plain = socket.create_connection((address.host or "", address.port or 0), 10)
+        with address.tls.wrap_socket(plain, server_hostname=address.host) as secured:
+            serving.result(10).close()
+            assert secured.cipher()
+
+
+@pytest.mark.parametrize("spoiled", ["ca.pem", "cert.pem", "key.pem", "other", "locked"])
+def test_certificates_that_are_of_no_use(tmp_path: Path, certificates: Path, spoiled: str) -> None:
+    """Garbage, another's key, and one that wants a password (which nobody must be asked for)."""
+    folder = Path(shutil.copytree(certificates, tmp_path / "tls"))
+    if spoiled.endswith(".pem"):
+        (folder / spoiled).write_bytes(b"\xff\x00 no certificate")
+    else:
+        shutil.copy(folder / f"{spoiled}.pem", folder / "key.pem")
+    with pytest.raises(lightrun.StartError, match=re.escape(str(folder))):
+        _engine(tmp_path, DOCKER_HOST="tcp://127.0.0.1:1", DOCKER_TLS_VERIFY="1", DOCKER_CERT_PATH=str(folder))
 
 
 # ---------------------------------------------------------------- Variables, and what is said at start
