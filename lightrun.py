@@ -31,10 +31,12 @@ import argparse
 import base64
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
 import email.utils
+import enum
 import errno
 import fcntl
 import fnmatch
@@ -67,11 +69,12 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar
 
 __version__ = "0.1.0"
 log = logging.getLogger("lightrun")
@@ -103,10 +106,22 @@ LINE_BYTES = 16 * KIB  # longer lines come in pieces, in a live run
 MAX_SPOOL_BYTES = GIB  # how far the slowest follower of a log may fall behind before all of them are cut off
 COPY_FACTOR = 4  # the engine's own copy of a log, which only recovery reads, to what we keep
 PING_SECONDS = 15  # of silence in a live run
-ENGINE_SECONDS = 60  # one engine call; an engine that is slower counts as absent
-HEALTH_SECONDS = 2  # the same for /health
-WAIT_SLICE_SECONDS = 1  # how long a waiting engine call may hide a cancel
+ENGINE_SECONDS = 60  # one engine call, or a silence in one that streams; an engine that is slower counts as absent
+HEALTH_SECONDS = 2  # the same for /health, and for a connection
+HURRY_SECONDS = 1.5  # the same once the run is to be gone; longer after each time that it was not enough
+MAX_ANSWER_BYTES = 64 * MIB  # of an engine's answer that is read as a whole: 10,000 containers are 20 MB
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
+MAX_TRIES = 6  # of a step that breaks while the engine answers; the pauses between them are 10 s in all
+STEADY_SECONDS = 60  # a step that went well for that long has its tries back
+FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container is looked at; each pause is twice the last
+LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
+QUIET_SECONDS = 2  # of silence in the output of a container that has exited
+KILL_SECONDS = 2  # after SIGKILL, until it is sent again; each pause is twice the last
+MAX_KILLS = 12  # until it is said that the container cannot be killed
+MAX_FAILED_KILLS = 2  # until a cancelled run's container is removed instead
+EXTRACT_SECONDS = 900  # for all that one run wants to keep
+INTERRUPT_SECONDS = 5  # for the ends of runs that are killed because lightrun goes down
+MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
 DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
 
@@ -184,6 +199,12 @@ class Unavailable(LightrunError):
     def __init__(self, code: str, message: str, retry_after: int = 1) -> None:
         super().__init__(message, code)
         self.headers["Retry-After"] = str(retry_after)
+
+
+class StorageUncertain(LightrunError):
+    """A write of which the disk did not say whether it is there: nobody may take it for one that is not."""
+
+    code = "storage_error"
 
 
 class UsageError(LightrunError):
@@ -752,7 +773,10 @@ class RunRequest:
         return request
 
     def allowed_by(self, settings: Settings) -> None:
-        """Raises NotAllowed when one of the operator's lists refuses this request."""
+        """Raises NotAllowed when one of the operator's lists or limits refuses this request."""
+        for name in ("memory", "cpus", "pids"):
+            if getattr(self, name) > getattr(settings, name):
+                raise NotAllowed(f"{name} is over the limit of today")
         if settings.allow_image and not matches_any(self.reference, settings.allow_image):
             raise NotAllowed(f"image {self.reference} is not one that --allow-image names")
         if self.network not in {None, "none"} and not matches_any(str(self.network), settings.allow_network):
@@ -762,7 +786,27 @@ class RunRequest:
             if not callback_host_allowed(host, settings.callback_allow):
                 raise NotAllowed(f"callback host {host} is not one that --callback-allow names")
 
+    def pack(self) -> bytes:
+        """What the store keeps of a request that is to survive the daemon."""
+        files = {path: base64.b64encode(content).decode() for path, content in self.files.items()}
+        stdin = None if self.stdin is None else base64.b64encode(self.stdin).decode()
+        return to_json({**vars(self), "files": files, "stdin": stdin})
 
+    @classmethod
+    def unpack(cls, packed: bytes | None, image: str) -> RunRequest:
+        """A request as it was accepted once; the least that runs the image when it is gone or spoilt."""
+        try:
+            fields = json.loads(packed or b"")
+            if "reference" not in fields:  # the first build kept the client's body
+                return cls.parse(packed or b"", BOUNDLESS)
+            files = {path: base64.b64decode(content) for path, content in fields.pop("files").items()}
+            stdin = fields.pop("stdin")
+            return cls(**fields, files=files, stdin=None if stdin is None else base64.b64decode(stdin))
+        except (ValueError, TypeError, LookupError, AttributeError, LightrunError):
+            return cls.parse(to_json({"image": image}), BOUNDLESS)
+
+
+BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*", "169.254.*", "fe80*"))
 Rules = Callable[[dict[str, Any], set[Any]], Iterable[dict[str, Any]]]
 
 
@@ -908,8 +952,8 @@ def to_json(value: Any) -> bytes:
 # Store: runs in SQLite; the only section that writes SQL
 # --------------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1
-SCHEMA = """
+SCHEMA = (  # what each version adds to the one before; the first build's is the first
+    """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE runs (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,  -- order of acceptance
@@ -933,7 +977,15 @@ CREATE TABLE details (                      -- apart, so that lists never read p
     tail TEXT NOT NULL,                     -- JSON of Run.tail()
     frames BLOB NOT NULL                    -- the kept log, as Log.frames()
 );
-"""
+""",
+    """
+CREATE TABLE kept AS  -- one row, part of every transaction that changes it
+    SELECT coalesce(sum(size), 0) AS bytes, count(*) AS runs FROM runs WHERE status != 'running';
+""",
+)
+
+
+WEIGH = "UPDATE kept SET bytes = bytes + ?, runs = runs + ?"
 
 
 class Store:
@@ -945,7 +997,7 @@ class Store:
     is unlinked when it is no longer needed: a database would keep its pages, and its log a copy."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._write_lock = threading.Lock()  # guards _writer, _total and _count
+        self._write_lock = threading.Lock()  # guards _writer
         self._read_lock = threading.Lock()  # guards _reader
         self._secrets, database = state_dir / "secrets", state_dir / "lightrun.db"
         with contextlib.ExitStack() as opened:
@@ -958,8 +1010,6 @@ class Store:
                 self._prepare()
                 self._reader = opened.enter_context(contextlib.closing(self._open(database)))
                 self.id = str(self._one("SELECT value FROM meta WHERE name = 'state'")[0])
-                finished = "SELECT coalesce(sum(size), 0), count(*) FROM runs WHERE status != 'running'"
-                self._total, self._count = self._one(finished)
             except (OSError, sqlite3.Error, Unavailable) as error:
                 raise StartError(f"{state_dir}: {error}") from error
             self._opened = opened.pop_all()
@@ -973,28 +1023,35 @@ class Store:
 
     def _prepare(self) -> None:
         version = self._writer.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StartError(f"the state dir was made by a newer lightrun (schema {version}, known {SCHEMA_VERSION})")
-        if version == 0:
-            identity = f"INSERT INTO meta VALUES ('state', '{uuid.uuid4().hex}')"
-            self._writer.executescript(f"BEGIN;{SCHEMA}{identity};PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+        if version > len(SCHEMA):
+            raise StartError(f"the state dir was made by a newer lightrun (schema {version}, known {len(SCHEMA)})")
+        identity = "" if version else f"INSERT INTO meta VALUES ('state', '{uuid.uuid4().hex}');"
+        if version < len(SCHEMA):
+            steps = ";".join(SCHEMA[version:])
+            self._writer.executescript(f"BEGIN;{steps};{identity}PRAGMA user_version={len(SCHEMA)};COMMIT;")
 
     @contextlib.contextmanager
     def _transaction(self, durable: bool) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        """One transaction; rolled back, and raised as Unavailable, when it cannot be written (a full disk, say)."""
+        """One transaction; rolled back, and raised as Unavailable, when it cannot be written (a full disk, say). Raises
+        StorageUncertain when even that is not known."""
         with self._write_lock:
+            certain = True
             try:
                 self._writer.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
                 self._writer.execute("BEGIN IMMEDIATE")
                 try:
                     yield lambda sql, *values: self._writer.execute(sql, values)
+                    certain = False
                     self._writer.execute("COMMIT")
                 except BaseException:
                     if self._writer.in_transaction:
                         self._writer.execute("ROLLBACK")
+                        certain = True
                     raise
             except sqlite3.Error as error:
-                raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error}", 5) from error
+                if certain or "full" in str(error):  # SQLITE_FULL: the end of the transaction found no room
+                    raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error}", 5) from error
+                raise StorageUncertain(f"the state dir may not have been written: {error}") from error
 
     def _all(self, sql: str, *values: Any) -> list[Any]:
         with self._read_lock:
@@ -1019,7 +1076,7 @@ class Store:
                     "INSERT INTO runs (id, status, waited, owed, key, digest, head) VALUES (?, 'running', ?, ?, ?, ?, ?)",
                     run.id, run.waited, run.callback is not None, key, digest, to_json(run.head()).decode(),
                 )  # fmt: skip
-        except Unavailable:
+        except (Unavailable, StorageUncertain):  # should it be there all the same, the next start refuses it
             self._drop_secret(run.id)
             raise
 
@@ -1080,10 +1137,11 @@ class Store:
         with self._transaction(durable=False) as execute:
             execute("UPDATE runs SET fed = 1 WHERE id = ?", run_id)
 
-    def ask(self, run_id: str, asked: str) -> None:
-        """Record what is asked of an unfinished run."""
+    def ask(self, run_id: str, recorded: Callable[[str | None], str]) -> None:
+        """Record what is asked of an unfinished run; `recorded` makes it of what was asked before."""
         with self._transaction(durable=True) as execute:
-            execute("UPDATE runs SET asked = ? WHERE id = ?", asked, run_id)
+            if row := execute("SELECT asked FROM runs WHERE id = ? AND status = 'running'", run_id).fetchone():
+                execute("UPDATE runs SET asked = ? WHERE id = ?", recorded(row[0]), run_id)
 
     def unfinished(self) -> list[tuple[str, int, int, int, str | None]]:
         """head, waited, begun, fed and asked of every unfinished run, in the order of acceptance."""
@@ -1098,12 +1156,8 @@ class Store:
         with self._transaction(durable=True) as execute:
             execute("UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ?", run.status, size, head, run.id)
             execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", run.id, tail, frames)
-        self._weigh(size, 1)
+            execute(WEIGH, size, 1)
         self._drop_secret(run.id)
-
-    def _weigh(self, size: int, count: int) -> None:
-        with self._write_lock:
-            self._total, self._count = self._total + size, self._count + count
 
     def owed(self) -> list[tuple[str, float, str]]:
         """Id, time of the next attempt and head of every finished run whose callback is owed."""
@@ -1121,12 +1175,14 @@ class Store:
 
     def delete(self, run_id: str) -> None:
         """Forget a finished run. Raises NotFound, Conflict."""
-        status, size = self._one("SELECT status, size FROM runs WHERE id = ?", run_id)
-        if status == "running":
-            raise Conflict("the run is still running", "running")
         with self._transaction(durable=True) as execute:
-            gone = execute("DELETE FROM runs WHERE id = ? AND status != 'running'", run_id).rowcount
-        self._weigh(-size * gone, -gone)
+            row = execute("SELECT status, size FROM runs WHERE id = ?", run_id).fetchone()
+            if row is None:
+                raise NotFound("there is no such run")
+            if row[0] == "running":
+                raise Conflict("the run is still running", "running")
+            execute("DELETE FROM runs WHERE id = ?", run_id)
+            execute(WEIGH, -row[1], -1)
         self._drop_secret(f"{run_id}.callback")
 
     def head(self, run_id: str) -> str:
@@ -1151,7 +1207,8 @@ class Store:
 
     def usage(self) -> tuple[int, int]:
         """Bytes and number of finished runs."""
-        return self._total, self._count
+        size, count = self._one("SELECT bytes, runs FROM kept")
+        return size, count
 
     def removable(self) -> Iterator[tuple[str, int]]:
         """Id and size of finished runs that owe nothing, oldest first."""
@@ -1283,8 +1340,11 @@ class Log:
     what is stored is what is kept. Written by one thread, read by any. While somebody follows, what arrives also goes to
     a temporary file, so that a follower may be slow without holding up the program or filling the memory."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, folder: Path) -> None:
         self._limit = limit
+        self.resumed = False
+        self._skip: dict[int, int] = {}
+        self._taken = {1: 0, 2: 0}
         self._changed = threading.Condition()  # guards all below
         self._data = bytearray()  # whole frames; neighbours of one stream are merged
         self._last = 0  # where the last frame begins
@@ -1307,9 +1367,21 @@ class Log:
                 while offset < end:
                     stream, length = FRAME.unpack_from(whole, offset)
                     offset += FRAME.size
-                    self._append(stream, memoryview(whole)[offset : offset + length])
+                    gone = min(self._skip.get(stream, 0), length)
+                    if gone:
+                        self._skip[stream] -= gone
+                    if stream in STREAMS and gone < length:
+                        self._append(stream, memoryview(whole)[offset + gone : offset + length])
+                        self._taken[stream] += length - gone
+                        self.resumed = self.resumed or self._copying
                     offset += length
                 self._to_followers(whole)
+
+    _copying = False
+
+    def resume(self) -> None:
+        """Temporary."""
+        self._skip, self._partial, self._copying = dict(self._taken), b"", True
 
     def _append(self, stream: int, payload: memoryview) -> None:
         if self._data and self._data[self._last] == stream:
@@ -1357,7 +1429,7 @@ class Log:
     def replace(self, pieces: Iterable[bytes]) -> None:
         """Take the engine's copy for all that was kept; followers go on with what comes. The copy has room for COPY_FACTOR
         times the limit and spends up to 28 bytes on a line, so that one that is longer than the limit may have rotated."""
-        copy, copied = Log(self._limit), 0
+        copy, copied = Log(self._limit, Path()), 0
         for piece in pieces:
             copy.feed(piece)
             copied += len(piece)
@@ -1459,12 +1531,12 @@ class Extraction:
     """What one run keeps: the paths it asked for, one after the other, into one folder, within one budget of bytes and
     entries. A path is unpacked beside the folder and moved in when it is whole, so that a bad one leaves nothing."""
 
-    def __init__(self, root: Path, run_id: str, limit: int) -> None:
+    def __init__(self, root: Path, run_id: str, limit: int, check: Callable[[], None] = lambda: None) -> None:
         self._folder, self._staging = root / run_id, root / f"{run_id}.partial"
         self._bytes_left, self._entries_left = limit, MAX_ARTIFACT_ENTRIES
         self.artifacts: list[dict[str, Any]] = []
 
-    def keep(self, tar: IO[bytes], folder: bool) -> dict[str, Any]:
+    def keep(self, tar: Any, folder: bool) -> dict[str, Any]:
         """Keep what an engine sent for one path: a file under its name, a folder's contents without the folder. Returns
         `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError."""
         remove_tree(self._staging)
@@ -1596,7 +1668,7 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Generator[
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Engine: the only section that names docker or requests
+# Engine: the only section that talks to the Docker Engine, over its HTTP API
 # --------------------------------------------------------------------------------------------------------------------
 
 LABEL_STATE, LABEL_RUN = "lightrun.state", "lightrun.run"
@@ -1604,7 +1676,12 @@ NETWORK = "lightrun"
 NETWORK_OPTIONS = {"com.docker.network.bridge.enable_icc": "false"}
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
 GO_MODE_FOLDER, GO_MODE_LINK = 1 << 31, 1 << 27  # of Go's fs.FileMode, in X-Docker-Container-Path-Stat
+KEEPALIVE = {  # of a connection over TCP whose other side has gone without a word: noticed within a minute (tcp(7))
+    getattr(socket, name): value for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}  # fmt: skip
 GO_MODE_OTHER = 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19  # devices, pipes, sockets, anything else
+BOTH_STREAMS = {"stdout": 1, "stderr": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1617,58 +1694,237 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class ContainerState:
-    """What the engine says of a container. Times in Unix seconds; `started` None when it never was."""
+    """What the engine says of a container. Times in Unix seconds of the engine's clock; None when they were never."""
 
     image_id: str
     running: bool
     started: float | None
+    finished: float | None
     exit_code: int
     oom_killed: bool
+    told: float  # when the engine said so, in whole seconds
 
 
-class Output:
-    """The attach stream of one container."""
+class Patience:
+    """How long somebody waits for the engine: as long as each call may take, and once hurried, `grace` seconds for each.
+    `wake` is readable when there is news for whoever waits. Rung from any thread, without waiting."""
 
-    def __init__(self, response: Any) -> None:
-        self._response = response
-        self.open = True
+    def __init__(self, grace: float) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._grace, self._hurried = grace, math.inf
+        self.wake, self._waker = os.pipe()
+        os.set_blocking(self.wake, False)
+        os.set_blocking(self._waker, False)  # a full pipe wakes just as well
 
-    def read(self, wake: int, seconds: float) -> bytes:
-        """The next bytes; b"" when `seconds` have passed, `wake` is readable or, with `open` then False, at the end."""
+    def ring(self, hurry: bool = False) -> None:
+        """Wake whoever waits, and perhaps hurry him from now on."""
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if hurry:
+                self._hurried = min(self._hurried, time.monotonic())
+            if self.wake >= 0:
+                os.write(self._waker, b"!")
+
+    def heard(self) -> None:
+        """Wait for the next ring."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.wake, 4096)
+
+    def sleep(self, seconds: float) -> None:
+        """A pause, which is short for whoever is in a hurry."""
+        poll = select.poll()
+        if self._hurried == math.inf:
+            poll.register(self.wake, select.POLLIN)
+        poll.poll(min(seconds, HURRY_SECONDS / 6 if self._hurried < math.inf else seconds) * 1000)
+
+    def lengthen(self) -> None:
+        """Give the next calls more time: a busy engine needs it, and a hung one costs no more than twice as much."""
+        self._grace = min(2 * self._grace, ENGINE_SECONDS)
+
+    def deadline(self, began: float) -> float:
+        """Monotonic time until which a call that began then may take."""
+        return max(began, self._hurried) + self._grace
+
+    def close(self) -> None:
+        """Let go of the pipe."""
+        with self._lock:
+            os.close(self.wake)
+            os.close(self._waker)
+            self.wake = -1
+
+
+class Wire:
+    """A connection to the engine for one call. No wait on it is without an end: not for the answer, nor for the next piece
+    of one that streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was
+    read when a wait ends is kept."""
+
+    def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None) -> None:
+        sock.setblocking(False)
+        self._sock, self._seconds, self._patience = sock, seconds, patience
+        self._began = time.monotonic()
+        self._late = self._began + seconds
+        self._buffer = bytearray()
+        self._ended = False
+
+    def stream(self, silence: float) -> None:
+        """From now on only a silence may be too long."""
+        self._seconds, self._late = silence, math.inf
+
+    def makefile(self, _mode: str) -> Wire:
+        """The file that HTTPResponse asks a socket for."""
+        return self
+
+    def _wait(self, event: int) -> None:
+        """Until the socket is ready. Raises TimeoutError."""
+        late, pause = min(self._late, time.monotonic() + self._seconds), ENGINE_SECONDS * 1.0
+        while True:
+            hurried = self._patience.deadline(self._began) if self._patience else math.inf
+            if (left := min(late, hurried) - time.monotonic()) <= 0:
+                raise TimeoutError
+            wake = self._patience.wake if self._patience and pause > DISCONNECT_POLL_SECONDS else -1
+            if self.poll(event, wake, min(left, pause)):
+                return
+            pause = DISCONNECT_POLL_SECONDS  # woken: it stays so, and may be for a hurry yet to come
+
+    def poll(self, event: int, wake: int, seconds: float) -> bool:
+        """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
         poll = select.poll()  # select() fails on descriptors over 1023
-        poll.register(self._response.raw.fileno(), select.POLLIN)
-        poll.register(wake, select.POLLIN)
-        ready = [descriptor for descriptor, _ in poll.poll(max(0, seconds) * 1000)]
-        if self._response.raw.fileno() not in ready:
-            return b""
-        with translated("read the output"):
-            data: bytes = self._response.raw.read1(READ_BYTES)
-        if not data:
-            self.close()
+        poll.register(self._sock, event)
+        if wake >= 0:
+            poll.register(wake, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(min(max(0, seconds), ENGINE_SECONDS) * 1000)]
+        return self._sock.fileno() in ready
+
+    def send(self, data: bytes) -> None:
+        """Send all of it."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                rest = rest[self._sock.send(rest[:COPY_BYTES]) :]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                self._wait(select.POLLOUT)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+            else:
+                self._late = max(self._late, time.monotonic() + self._seconds)  # the answer's time begins when all is sent
+
+    def _receive(self) -> bool:
+        """Take what has come, if anything has."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        self._buffer += data
+        self._ended = not data
+        return True
+
+    def _fill(self) -> bool:
+        """Wait for more; false at the end."""
+        while not self._ended and not self._receive():
+            self._wait(select.POLLIN)
+        return not self._ended
+
+    def _take(self, count: int) -> bytes:
+        data = bytes(self._buffer[:count])
+        del self._buffer[:count]
         return data
+
+    def ready(self, wake: int, seconds: float) -> bool:
+        """Whether there is something to be read, or the end, within some seconds; false at once when `wake` is readable."""
+        if self._buffer or self._ended or self._receive():
+            return True
+        return self.poll(select.POLLIN, wake, seconds) and self._receive()
+
+    def read1(self, count: int) -> bytes:
+        """What there is, at least a byte; b"" at the end."""
+        if not self._buffer:
+            self._fill()
+        return self._take(count)
+
+    def read(self, count: int) -> bytes:
+        """That many bytes, fewer at the end."""
+        while len(self._buffer) < count and self._fill():
+            pass
+        return self._take(count)
+
+    def readline(self, limit: int) -> bytes:
+        """A line with its end, or `limit` bytes."""
+        while (end := self._buffer.find(b"\n") + 1) == 0 and len(self._buffer) < limit and self._fill():
+            pass
+        return self._take(min(end or limit, limit))
+
+    def flush(self) -> None:
+        """There is nothing to flush."""
+
+    def half_close(self) -> None:
+        """Send the end of what is sent, and wait for the other side's: it comes when all was taken."""
+        socket.socket.shutdown(self._sock, socket.SHUT_WR)  # a TLS socket's own would forget its state
+        while self.read1(READ_BYTES):
+            pass
+
+    def shut(self) -> None:
+        """End the connection under whoever waits on it, from any thread."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let the connection go. HTTPResponse calls this at the end of an answer; to say it twice is harmless."""
+        self._sock.close()
+
+
+class Reply:
+    """An answer of the engine whose head was read, and the connection it comes on."""
+
+    def __init__(self, wire: Wire, response: http.client.HTTPResponse) -> None:
+        self.wire, self._response = wire, response
+
+    def header(self, name: str) -> str:
+        """A header's text, `""` when absent."""
+        return self._response.headers.get(name, "")
+
+    def read(self, count: int) -> bytes:
+        """That many bytes of the body; fewer at its end."""
+        return self._response.read(count)
+
+    def read1(self, count: int) -> bytes:
+        """What there is of the body, at most that many bytes; b"" at its end."""
+        return self._response.read1(count)
 
     def close(self) -> None:
         """Let the connection go; an engine keeps a container busy with one that is forgotten."""
-        self.open = False
-        self._response.close()
+        self.wire.shut()
+        self.wire.close()
+
+
+class Output:
+    """The output of one container as it comes, from the attach stream or from the engine's copy."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        reply.wire.stream(ENGINE_SECONDS)
+
+    def read(self, wake: int, seconds: float) -> bytes | None:
+        """The next bytes; b"" at the end; None when `seconds` have passed or `wake` is readable."""
+        with translated("read the output"):
+            return self._reply.read1(READ_BYTES) if self._reply.wire.ready(wake, seconds) else None
+
+    def close(self) -> None:
+        """See Reply."""
+        self._reply.close()
 
 
 @contextlib.contextmanager
 def translated(action: str) -> Iterator[None]:
-    """Turn every failure of the SDK into an EngineError: the one place where its exceptions are known."""
-    import docker.errors
-    import requests
-    import urllib3
-
+    """Turn every failure on the way to the engine and back into EngineAbsent: a connection that breaks or is too slow, and
+    an answer that no engine would give, as a proxy before it may."""
     try:
         yield
-    except docker.errors.APIError as error:
-        kind = {404: EngineMissing, 304: EngineConflict, 409: EngineConflict}.get(error.status_code or 500, EngineError)
-        raise kind(f"the engine cannot {action}: {error.explanation or error}") from error
-    except (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise EngineAbsent(f"the engine did not answer (to {action})") from error
+    except TimeoutError as error:
+        raise EngineAbsent(f"the engine did not answer in time (to {action})") from error
     except (OSError, http.client.HTTPException) as error:
-        raise EngineAbsent(f"the connection to the engine broke (to {action})") from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not of the documented shape
+        raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
 
 
 # -- where the engine is
@@ -1779,144 +2035,199 @@ def _tls(folder: Path, verify: bool, needed: bool = False) -> ssl.SSLContext:
     return context
 
 
+class _Shared(types.SimpleNamespace):
+    """What all views of one Engine share."""
+
+    api = ""  # the version of the engine's API, once known
+    network_ready = False
+
+
 class Engine:
-    """The Docker Engine. Every method raises EngineError or one of its kinds, and nothing else of the SDK's."""
+    """The Docker Engine. Every method raises EngineError or one of its kinds, and nothing else. One connection for each
+    call: none is ever stale, and each can be dropped."""
 
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
-        self._client: Any = None
+        self._address = engine_address(settings, os.environ)
+        self._shared = _Shared()
         self._network_lock = threading.Lock()  # held while the network is looked for
-        self._network_ready = False
+        self._patience: Patience | None = None
 
-    def _api(self) -> Any:
-        """The SDK's client, made when the engine first answers; by two at once rather than under a lock that a hung engine
-        would hold."""
-        import docker.utils
+    def for_one(self, patience: Patience) -> Engine:
+        """The same engine for somebody who may be in a hurry."""
+        view = copy.copy(self)
+        view._patience = patience
+        return view
 
-        if self._client is None:
-            host = self._settings.docker_host
-            environment = {**os.environ, **({"DOCKER_HOST": host} if host else {})}
-            options = docker.utils.kwargs_from_env(environment=environment)
-            with translated("be reached"):
-                client = docker.APIClient(version="auto", timeout=HEALTH_SECONDS, max_pool_size=64, **options)
-            client.timeout = ENGINE_SECONDS
-            client.trust_env = False  # requests looks for proxies and .netrc at each call otherwise
-            self._client = client
-        return self._client
-
-    @contextlib.contextmanager
-    def _call(self, action: str) -> Iterator[Any]:
-        api = self._api()
-        with translated(action):
-            yield api
-
-    def _stream(self, method: str, path: str, seconds: float = ENGINE_SECONDS, **options: Any) -> Any:
-        """A call whose answer is read piece by piece; the SDK's own would not let go of a connection half-way."""
-        headers = {"Accept-Encoding": "identity", **options.pop("headers", {})}  # the engine would gzip an archive
-        import docker.errors
-        import requests
-
-        api = self._api()
-        url = f"{api.base_url}/v{api.api_version}{path}"
-        response = api.request(method, url, headers=headers, stream=True, timeout=seconds, **options)
+    def _connect(self, seconds: float) -> Wire:
+        if self._address.path:
+            sock = socket.socket(socket.AF_UNIX)
+            try:
+                sock.settimeout(HEALTH_SECONDS)
+                sock.connect(self._address.path)
+            except BaseException:
+                sock.close()
+                raise
+            return Wire(sock, seconds, self._patience)
+        sock = socket.create_connection((str(self._address.host), int(self._address.port or 0)), HEALTH_SECONDS)
         try:
-            response.raise_for_status()
-        except requests.HTTPError as error:
-            with contextlib.closing(response):
-                docker.errors.create_api_error_from_http_exception(error)
-        return response
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for name, value in KEEPALIVE.items():
+                sock.setsockopt(socket.IPPROTO_TCP, name, value)
+            if self._address.tls:
+                sock = self._address.tls.wrap_socket(sock, server_hostname=self._address.host)
+        except BaseException:
+            sock.close()
+            raise
+        return Wire(sock, seconds, self._patience)
+
+    def _call(
+        self, action: str, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
+        body: bytes | dict[str, Any] | None = None, seconds: float = ENGINE_SECONDS, headers: Mapping[str, str] | None = None,
+    ) -> Reply:  # fmt: skip
+        """Send a request; its answer, of which the head was read. The caller closes it."""
+        data = to_json(body) if isinstance(body, dict) else body
+        kind = {"Content-Type": JSON} if isinstance(body, dict) else {}
+        length = {} if data is None and method == "GET" else {"Content-Length": str(len(data or b""))}
+        lines = {"Host": "docker", "User-Agent": "lightrun", **kind, **length, **(headers or {})}
+        target = self._versioned(path) + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
+        with translated(action), contextlib.ExitStack() as opened:
+            wire = self._connect(seconds)
+            opened.callback(wire.close)
+            with contextlib.suppress(ConnectionError):  # it may have answered before it took all
+                wire.send(head.encode())
+                wire.send(data or b"")
+            response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
+            response.begin()
+            if response.status not in (expected or (200,)):
+                raise _refusal(action, response)
+            if response.headers.get_content_type() == "text/html":
+                raise ValueError("a page")
+            opened.pop_all()
+            return Reply(wire, response)
+        raise AssertionError  # for mypy, which cannot know that `translated` lets nothing pass
+
+    def _versioned(self, path: str) -> str:
+        if path != "/version" and not self._shared.api:
+            self.version()
+        return urllib.parse.quote(path if path == "/version" else f"/v{self._shared.api}{path}", safe="/:@")
+
+    def _json(self, action: str, method: str, path: str, *expected: int, **options: Any) -> Any:
+        """A call that is answered with JSON."""
+        with contextlib.closing(self._call(action, method, path, *expected, **options)) as reply, translated(action):
+            return json.loads(reply.read(MAX_ANSWER_BYTES))
+
+    def _do(self, action: str, method: str, path: str, *expected: int, **options: Any) -> None:
+        """A call whose success is answered with nothing."""
+        with contextlib.closing(self._call(action, method, path, *expected, **options)) as reply, translated(action):
+            if int(reply.header("Content-Length") or 0) or reply.read(1):
+                raise ValueError("a body where none is documented")
 
     def version(self) -> dict[str, str]:
         """Version and API version; the quick question whether the engine answers."""
-        with self._call("tell its version") as api, contextlib.closing(
-            api.get(f"{api.base_url}/version", timeout=HEALTH_SECONDS)
-        ) as response:
-            about = response.json()
-        return {"version": about["Version"], "apiVersion": about["ApiVersion"]}
+        about = self._json("tell its version", "GET", "/version", seconds=HEALTH_SECONDS)
+        with translated("tell its version"):
+            if not re.fullmatch(r"\d+\.\d+", about["ApiVersion"]):
+                raise ValueError("not a version")
+            self._shared.api = about["ApiVersion"]
+            return {"version": str(about["Version"]), "apiVersion": about["ApiVersion"]}
 
     def check_limits(self) -> None:
         """Raises StartError for an option that this engine cannot give."""
-        with self._call("tell what it has") as api:
-            about = api.info()
-        if self._settings.cpus > about["NCPU"]:
-            raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
-        if self._settings.memory > about["MemTotal"]:
-            raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
-        if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
-            raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
+        about = self._json("tell what it has", "GET", "/info", seconds=HEALTH_SECONDS)
+        with translated("tell what it has"):
+            if self._settings.cpus > about["NCPU"]:
+                raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
+            if self._settings.memory > about["MemTotal"]:
+                raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
+            if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
+                raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
 
     def image(self, reference: str) -> Image:
         """What is known of an image that is on the engine. Raises EngineMissing."""
-        with self._call("find the image") as api:
-            about = api.inspect_image(reference)
-        user = (about.get("Config") or {}).get("User", "").partition(":")[0]
-        return Image(about["Id"], user in {"", "0", "root"})
+        about = self._json("find the image", "GET", f"/images/{reference}/json")
+        with translated("find the image"):
+            user = (about.get("Config") or {}).get("User", "").partition(":")[0]
+            return Image(str(about["Id"]), user in {"", "0", "root"})
 
     def pull(self, reference: str, seconds: float) -> Generator[dict[str, Any], None, None]:
         """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
         `seconds` bounds a silence."""
-        import docker.auth
-        import docker.errors
-        import docker.utils
-
-        with self._call("pull the image") as api:
-            repository, tag = docker.utils.parse_repository_tag(reference)
-            try:
-                api.reload_config()
-                credentials = docker.auth.get_config_header(api, docker.auth.resolve_repository_name(repository)[0])
-            except (docker.errors.DockerException, ValueError, LookupError, TypeError, AttributeError) as error:  # secret
-                raise EngineError("the Docker configuration holds credentials that cannot be read") from error
-            with contextlib.closing(self._stream(
-                "POST", "/images/create", seconds, params={"fromImage": repository, "tag": tag},
-                headers={"X-Registry-Auth": credentials} if credentials else {},
-            )) as response:  # fmt: skip
-                for line in response.iter_lines():
-                    event = json.loads(line)
+        repository, tag = split_reference(reference)
+        credentials = _credentials(repository)
+        action = "pull the image"
+        with contextlib.closing(self._call(
+            action, "POST", "/images/create", query={"fromImage": repository, "tag": tag},
+            headers={"X-Registry-Auth": credentials} if credentials else {},
+        )) as reply:  # fmt: skip
+            reply.wire.stream(seconds)
+            rest = b""
+            while piece := self._piece(action, reply):
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in filter(bytes.strip, lines):
+                    with translated(action):
+                        event = dict(json.loads(line))
                     if "error" in event:
-                        raise EngineError(f"the engine cannot pull the image: {event['error']}")
+                        raise EngineError(f"the engine cannot {action}: {event['error']}")
                     yield event
+
+    @staticmethod
+    def _piece(action: str, reply: Reply) -> bytes:
+        with translated(action):
+            return reply.read1(READ_BYTES)
 
     def _ensure_network(self) -> str:
         """The isolated bridge, made when missing. Two daemons may make it at once, and older engines then have two."""
-        with self._network_lock:
-            if not self._network_ready:
-                with self._call("make the network") as api:
-                    if not self._networks(api):
-                        with contextlib.suppress(EngineConflict), translated("make the network"):
-                            api.create_network(
-                                NETWORK, driver="bridge", options=NETWORK_OPTIONS, check_duplicate=True, labels={LABEL_STATE: ""}
-                            )
-                    first, *others = sorted(self._networks(api), key=lambda network: (network["Created"], network["Id"]))
-                    for other in others:
-                        with contextlib.suppress(EngineError), translated("remove a second network"):
-                            api.remove_network(other["Id"])
-                options = first.get("Options") or {}
-                if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
-                    raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
-                self._network_ready = True
+        while not self._network_lock.acquire(timeout=DISCONNECT_POLL_SECONDS):
+            if self._patience and self._patience.deadline(0) < time.monotonic():
+                raise EngineAbsent("the engine did not answer in time (to make the network)")
+        try:
+            if not self._shared.network_ready:
+                self._make_network()
+                self._shared.network_ready = True
+        finally:
+            self._network_lock.release()
         return NETWORK
 
-    @staticmethod
-    def _networks(api: Any) -> list[dict[str, Any]]:
-        return [network for network in api.networks(names=[NETWORK]) if network["Name"] == NETWORK]
+    def _make_network(self) -> None:
+        if not self._networks():
+            about = {"Name": NETWORK, "Driver": "bridge", "Options": NETWORK_OPTIONS, "CheckDuplicate": True}
+            with contextlib.suppress(EngineConflict):
+                self._json("make the network", "POST", "/networks/create", 201, body={**about, "Labels": {LABEL_STATE: ""}})
+        with translated("find the network"):
+            first, *others = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
+            for other in others:
+                with contextlib.suppress(EngineError):
+                    self._do("remove a second network", "DELETE", f"/networks/{other['Id']}", 204)
+            options = first.get("Options") or {}
+            isolated = all(options.get(name) == value for name, value in NETWORK_OPTIONS.items())
+            if first["Driver"] != "bridge" or not isolated:
+                raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
+
+    def _networks(self) -> list[dict[str, Any]]:
+        found = self._json("find the network", "GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})})
+        with translated("find the network"):
+            return [network for network in found if network["Name"] == NETWORK]
 
     def forget_network(self) -> None:
         """Look for the isolated bridge again before its next use: it may have been pruned."""
-        self._network_ready = False
+        self._shared.network_ready = False
 
     def _network_mode(self, name: str | None) -> str:
         """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
         if name is None:
             return self._ensure_network()
         if name != "none":
-            with self._call("find the network") as api:
-                about = api.inspect_network(name)
-            if about["Name"] != name or about["Driver"] in {"host", "null"}:
-                raise EngineMissing(f"there is no network named {name} that a run may use")
+            about = self._json("find the network", "GET", f"/networks/{name}")
+            with translated("find the network"):
+                if about["Name"] != name or about["Driver"] in {"host", "null"}:
+                    raise EngineMissing(f"there is no network named {name} that a run may use")
         return name
 
     def create(self, run_id: str, image: Image, request: RunRequest) -> str:
-        """Create a run's container with every hardening of SPEC 5; its id."""
+        """Create a run's container with every hardening of SPEC 5; its id. Raises EngineConflict when it is there."""
         config = {
             "Image": image.id,
             "Env": [f"{name}={value}" for name, value in request.env.items()],
@@ -1929,8 +2240,10 @@ class Engine:
         }
         if request.command is not None:
             config |= {"Entrypoint": request.command, "Cmd": []}
-        with self._call("create the container") as api:
-            return str(api.create_container_from_config(config, f"lightrun-{run_id}")["Id"])
+        name = {"name": container_name(run_id)}
+        made = self._json("create the container", "POST", "/containers/create", 201, query=name, body=config)
+        with translated("create the container"):
+            return str(made["Id"])
 
     def _host_config(self, request: RunRequest) -> dict[str, Any]:
         copy_bytes = COPY_FACTOR * self._settings.log_limit
@@ -1952,79 +2265,151 @@ class Engine:
 
     def put(self, container: str, tar: bytes) -> None:
         """Unpack a tar at the root of a container that has not been started."""
-        with self._call("put the files") as api:
-            api.put_archive(container, "/", tar)
+        path, headers = f"/containers/{container}/archive", {"Content-Type": TAR}
+        self._do("put the files", "PUT", path, query={"path": "/"}, body=tar, headers=headers)
 
     def attach(self, container: str) -> Output:
         """The container's output from now on."""
-        with self._call("attach"):
-            parameters = {"stream": 1, "stdout": 1, "stderr": 1}
-            return Output(self._stream("POST", f"/containers/{container}/attach", params=parameters))
+        query = {"stream": 1, **BOTH_STREAMS}
+        return Output(self._call("attach", "POST", f"/containers/{container}/attach", query=query))
 
-    def open_stdin(self, container: str) -> Any:
-        """A socket to the container's stdin; the end of it is the end of file."""
-        with self._call("attach stdin") as api:
-            sock = api.attach_socket(container, {"stdin": 1, "stream": 1})
-            sock = getattr(sock, "_sock", sock)  # the SDK wraps all but a TLS socket for reading
-            sock.settimeout(None)
-            return sock
+    def kept_output(self, container: str, follow: bool) -> Output:
+        """The engine's own copy of the output from its beginning; to follow, until the container has exited."""
+        query = {"follow": int(follow), **BOTH_STREAMS}
+        return Output(self._call("read the log", "GET", f"/containers/{container}/logs", query=query))
+
+    def open_stdin(self, container: str) -> Reply:
+        """A connection to the container's stdin; the end of it is the end of file. A program that does not read makes it
+        wait as long as it runs."""
+        upgrade = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        path = f"/containers/{container}/attach"
+        patient = copy.copy(self)
+        patient._patience = None
+        reply = patient._call("attach stdin", "POST", path, 101, 200, query={"stream": 1, "stdin": 1}, headers=upgrade)
+        reply.wire.stream(math.inf)
+        return reply
 
     def start(self, container: str) -> None:
         """Start the container; to say it twice is harmless while it runs."""
-        with self._call("start the container") as api:
-            api.start(container)
+        self._do("start the container", "POST", f"/containers/{container}/start", 204, 304)
 
     def inspect(self, container: str) -> ContainerState:
         """The engine's word on a container, by id or name. Raises EngineMissing."""
-        with self._call("inspect the container") as api:
-            about = api.inspect_container(container)
-        state = about["State"]
-        started = None if state["StartedAt"].startswith("0001-") else parse_timestamp(state["StartedAt"])
-        return ContainerState(about["Image"], state["Running"], started, state["ExitCode"], state["OOMKilled"])
+        action = "inspect the container"
+        with contextlib.closing(self._call(action, "GET", f"/containers/{container}/json")) as reply, translated(action):
+            about, date = json.loads(reply.read(MAX_ANSWER_BYTES)), reply.header("Date")
+            told = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+            state = about["State"]
+            started, finished = (
+                None if state[name].startswith("0001-") else parse_timestamp(state[name]) for name in ("StartedAt", "FinishedAt")
+            )
+            running, oom_killed, exit_code = state["Running"], state["OOMKilled"], state["ExitCode"]
+            if not (isinstance(running, bool) and isinstance(exit_code, int)):
+                raise ValueError("not a state")
+            return ContainerState(str(about["Image"]), running, started, finished, exit_code, bool(oom_killed), told)
 
-    def wait(self, container: str, seconds: float) -> ContainerState:
-        """Wait up to `seconds` for the container's exit; its state then."""
-        with contextlib.suppress(EngineAbsent), self._call("wait") as api:
-            api.wait(container, timeout=max(seconds, 0.001))
-        return self.inspect(container)
+    def wait(self, container: str, wake: int, seconds: float) -> None:
+        """Return when the container has exited, `seconds` have passed or `wake` is readable: look then."""
+        path = f"/containers/{container}/wait"
+        seconds = max(0.001, min(seconds, ENGINE_SECONDS))
+        with contextlib.suppress(EngineAbsent), contextlib.closing(self._call("wait", "POST", path, seconds=seconds)) as reply:
+            reply.wire.ready(wake, seconds)
 
     def kill(self, container: str, signal_name: str) -> bool:
         """Send a signal; whether the container was there to take it."""
         try:
-            with self._call("send a signal") as api:
-                api.kill(container, signal_name)
+            self._do("send a signal", "POST", f"/containers/{container}/kill", 204, query={"signal": signal_name})
         except (EngineMissing, EngineConflict):
             return False
         return True
 
-    def logs(self, container: str) -> Iterator[bytes]:
-        """The engine's own copy of the log, as frames cut anywhere."""
-        with self._call("read the log"):
-            parameters = {"stdout": 1, "stderr": 1}
-            with contextlib.closing(self._stream("GET", f"/containers/{container}/logs", params=parameters)) as response:
-                yield from response.iter_content(READ_BYTES)
+    def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
+        """Whether the engine sent the container a signal between two times of its own clock; it remembers its last events."""
+        number = str(signal.Signals[signal_name].value)
+        filters = json.dumps({"container": [container], "event": ["kill"]})
+        query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
+        action = "tell its events"
+        with contextlib.closing(self._call(action, "GET", "/events", query=query)) as reply, translated(action):
+            events = [json.loads(line) for line in reply.read(MAX_ANSWER_BYTES).splitlines()]
+            return any(event["Actor"]["Attributes"]["signal"] == number for event in events)
 
     @contextlib.contextmanager
-    def archive(self, container: str, path: str) -> Iterator[tuple[IO[bytes], int]]:
+    def archive(self, container: str, path: str) -> Iterator[tuple[ArchiveStream, int]]:
         """A path of an exited container as a tar stream, and its Go file mode. Raises EngineMissing."""
-        with self._call("copy out"), contextlib.closing(
-            self._stream("GET", f"/containers/{container}/archive", params={"path": path})
-        ) as response:
-            about = json.loads(base64.b64decode(response.headers["X-Docker-Container-Path-Stat"]))
-            yield response.raw, about["mode"]
+        reply = self._call("copy out", "GET", f"/containers/{container}/archive", query={"path": path})
+        with contextlib.closing(reply):
+            with translated("copy out"):
+                mode = int(json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))["mode"])
+            yield ArchiveStream(reply), mode
 
     def remove(self, container: str) -> None:
         """Remove a container, running or not, with its anonymous volumes; gone already is as good."""
-        with contextlib.suppress(EngineMissing), self._call("remove the container") as api:
-            api.remove_container(container, v=True, force=True)
+        with contextlib.suppress(EngineMissing):
+            self._do("remove the container", "DELETE", f"/containers/{container}", 204, query={"v": 1, "force": 1})
 
     def containers(self) -> list[tuple[str, str]]:
         """Id and run id of every container of this state dir."""
-        with self._call("list the containers") as api:
-            found = api.containers(all=True, filters={"label": [f"{LABEL_STATE}={self._state_id}"]})
-        runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
+        query = {"all": 1, "filters": json.dumps({"label": [f"{LABEL_STATE}={self._state_id}"]})}
+        found = self._json("list the containers", "GET", "/containers/json", query=query)
+        with translated("list the containers"):
+            runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
         # An image can carry any label, and somebody else may run it; but the name is ours alone.
-        return [(container, run_id) for container, run_id, names in runs if names == [f"/lightrun-{run_id}"]]
+        return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
+
+
+class ArchiveStream:
+    """The tar that the engine sends, as a file to be read once."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        reply.wire.stream(ENGINE_SECONDS)
+
+    def read(self, count: int) -> bytes:
+        """That many bytes, fewer at the end. Raises EngineAbsent."""
+        with translated("copy out"):
+            return self._reply.read(count)
+
+
+def container_name(run_id: str) -> str:
+    """The name of a run's container, which is ours alone."""
+    return f"lightrun-{run_id}"
+
+
+def _refusal(action: str, response: http.client.HTTPResponse) -> EngineError:
+    """What a status that does not mean success means. An engine says why in JSON; anything else is not the engine."""
+    message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]
+    if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
+        raise ValueError("not the engine")
+    kind = {404: EngineMissing, 409: EngineConflict}.get(response.status, EngineError)
+    return kind(f"the engine cannot {action}: {message}")
+
+
+def split_reference(reference: str) -> tuple[str, str]:
+    """Repository and tag or digest of a reference that is written out."""
+    if "@" in reference:
+        repository, _, digest = reference.partition("@")
+        return repository, digest
+    repository, _, tag = reference.rpartition(":")
+    return repository, tag
+
+
+def _credentials(repository: str) -> str | None:
+    """X-Registry-Auth for a registry, from the daemon user's Docker configuration; none when that cannot be read, since a
+    public image needs none. The log names what failed, and no secret."""
+    import docker.auth
+    import docker.errors
+
+    registry, _ = docker.auth.resolve_repository_name(repository)
+    try:
+        configuration = docker.auth.load_config()
+        found = configuration.resolve_authconfig(registry)
+        return docker.auth.encode_header(found).decode() if found else None
+    except (docker.errors.DockerException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        with contextlib.suppress(Exception):
+            helper = f" of docker-credential-{configuration.get_credential_store(registry)}"
+        log.warning("pulls from %s without the credentials%s, which cannot be had (%s)", registry, helper, type(error).__name__)
+        return None
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Callbacks
@@ -2261,7 +2646,7 @@ class Evictor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Runner: one run as one function; admission, cancel
+# Job: a run in progress
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -2271,62 +2656,149 @@ class Ask:
 
     reason: str
     signal: str = "SIGKILL"
-    grace: float = RETRY_SECONDS
+    grace: float = KILL_SECONDS
     why: str = "the run was ended before its command started"  # said when that is so
 
+    def prevails(self, other: Ask | None) -> bool:
+        """Whether this counts when the other was asked before. A cancel overrides a stop; nothing overrides a cancel."""
+        return other is None or other.reason == "stopped"
 
-BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*", "169.254.*", "fe80*"))
+    @classmethod
+    def parse(cls, text: str | None) -> Ask | None:
+        """What the store keeps."""
+        return cls(**json.loads(text)) if text else None
+
+    def recorded(self, before: str | None) -> str:
+        """What the store is to keep when it has kept that."""
+        return to_json(dataclasses.asdict(self)).decode() if before is None or self.prevails(self.parse(before)) else before
 
 
-def _stored_request(raw: bytes, image: str) -> RunRequest:
-    """A request as it was accepted once; the least that runs the image when it is gone or spoilt."""
-    try:
-        return RunRequest.parse(raw, BOUNDLESS)
-    except LightrunError:
-        return RunRequest.parse(to_json({"image": image}), BOUNDLESS)
+class Killing:
+    """The signals that a run still has to get: SIGKILL when its time is up, or what is asked of it and then SIGKILL, again
+    and again, with growing pauses, until it has exited."""
+
+    def __init__(self) -> None:
+        self.at = self._deadline = math.inf  # monotonic
+        self.signal, self.reason = "SIGKILL", "timeout"
+        self.asked: Ask | None = None  # what this signal was asked for by; None for one that follows
+        self.tries = self.failures = 0
+        self.unanswered: str | None = None  # a signal of which the engine did not say whether it took it
+        self._heeded: Ask | None = None
+
+    def by(self, deadline: float) -> None:
+        """The run's time is up then."""
+        self._deadline = self.at = deadline
+
+    def due(self, asked: Ask | None) -> bool:
+        """Whether a signal is due, by what is asked now."""
+        if asked and asked is not self._heeded:
+            self.asked = self._heeded = asked
+            self.signal, self.reason, self.at = asked.signal, asked.reason, time.monotonic()
+            self.tries = self.failures = 0
+        return time.monotonic() >= self.at
+
+    def next(self, answered: bool) -> None:
+        """The signal was sent, or could not be: what follows, and when."""
+        now = time.monotonic()
+        self.tries += 1
+        if not answered:
+            self.failures += 1
+            self.unanswered = self.signal
+            self.at = now + min(FIRST_LOOK_SECONDS * 2**self.failures, LOOK_SECONDS)
+            return
+        if self.asked:
+            self.at = min(now + self.asked.grace, self._deadline if self._deadline > now else math.inf)
+        else:
+            self.at = now + min(KILL_SECONDS * 2**self.tries, LOOK_SECONDS)
+        self.asked, self.signal, self.failures = None, "SIGKILL", 0
+
+
+class Hearing(enum.Enum):
+    """What we have of a container's output. Each line says what may come after it; Job.hear is the one place where it does.
+
+    Both streams of an end of the attach stream look alike, the container's end and a broken connection. So what follows the
+    attach stream is always the engine's copy, from its beginning: the log skips what it has, and a run that was heard whole
+    ends when the copy does, with nothing new. A run that is taken up, or whose connection broke, goes the same way."""
+
+    NOTHING = "not attached"  # the container, if any, never ran: LIVE, COPY
+    LIVE = "live"  # one attach stream since before the start: COPY; NOTHING when the container is made anew
+    COPY = "copy"  # read from the engine's copy, or about to be: COPY again when that breaks; ENDED
+    ENDED = "ended"  # the copy came to its end: COPY when the container runs all the same
+
+
+HEARD_NEXT = {
+    Hearing.NOTHING: {Hearing.LIVE, Hearing.COPY},
+    Hearing.LIVE: {Hearing.COPY, Hearing.NOTHING},
+    Hearing.COPY: {Hearing.COPY, Hearing.ENDED},
+    Hearing.ENDED: {Hearing.COPY},
+}
 
 
 class Job:
-    """A run in progress: its record, its request, its log, and what is asked of it."""
+    """A run in progress: its record, its request, its log, what is heard of its container, and what is asked of it."""
 
-    def __init__(self, run: Run, request: RunRequest, log_limit: int) -> None:
-        self.run, self.request, self.log = run, request, Log(log_limit)
+    def __init__(self, run: Run, request: RunRequest, log: Log) -> None:
+        self.run, self.request, self.log = run, request, log
         self.done = threading.Event()
-        self.container = f"lightrun-{run.id}"
+        self.container = container_name(run.id)
         self.clients = 0  # that wait for the end; guarded by the runner's lock
-        self.begun = False  # the container may have been started
+        self.begun = False  # recorded: the container may have been started
         self.fed = request.stdin is None  # stdin was written whole
-        self.recovered = False  # there may be a container already, whose output nobody has read
+        self.starved: float | None = None  # when the connection that carries stdin broke; the run's clock
+        self.taken_up = self.touched = False  # an earlier daemon's; there may be a container
         self.relaunched = False
-        self.unheard = False  # it may have ended while no engine took its output
+        self.starting: tuple[float, float] | None = None  # between when it was started, by the run's clock
+        self.shift = 0.0  # seconds from the engine's clock to the run's
+        self.hearing = Hearing.NOTHING
         self.output: Output | None = None
-        self.stdin: Any = None  # a socket
+        self.listen_at, self.deaf_seconds = 0.0, FIRST_LOOK_SECONDS  # when the engine's copy is tried again, and the pause after
+        self.in_doubt = False  # the container may have ended while no engine took its output
+        self.killing = Killing()
+        self.ran: int | None = None  # ms from the container's start to its exit
+        self.stdin: Reply | None = None
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
-        self._entered = time.monotonic()
-        self._lock = threading.Lock()  # guards asked and the pipe
         self.asked: Ask | None = None
-        self.wake, self._waker = os.pipe()
-        os.set_blocking(self.wake, False)
+        self._lock = threading.Lock()  # guards asked
+        self._born = self._entered = time.monotonic()
+        self.patience = Patience(HURRY_SECONDS)
+
+    def now(self) -> float:
+        """Unix seconds by the run's own clock: ours at its acceptance, and from then on the monotonic one. A run that was
+        taken up has ours of today, but never an earlier one than its acceptance."""
+        return self.run.created + (time.monotonic() - self._born)
+
+    def take_up(self, begun: bool, fed: bool) -> None:
+        """Go on with what an earlier daemon began."""
+        self.taken_up, self.touched, self.begun, self.fed = True, True, begun, fed or self.fed
+        self._born -= max(0.0, time.time() - self.run.created)
 
     def ask(self, ask: Ask) -> None:
-        """Ask for an end, from any thread and without waiting. A cancel overrides a stop; nothing overrides a cancel."""
+        """Ask for an end, from any thread and without waiting. Whoever must go now has no time for a slow engine."""
         with self._lock:
-            if self._waker >= 0 and (self.asked is None or self.asked.reason == "stopped"):
+            if ask.prevails(self.asked):
                 self.asked = ask
-                os.write(self._waker, b"!")
-
-    def heed(self) -> Ask | None:
-        """What is asked, once the worker has been woken for it."""
-        with self._lock:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self.wake, 16)
-            return self.asked
+        self.patience.ring(hurry=ask.reason != "stopped" or not self.begun)
 
     def check(self) -> None:
         """Raises RunEnds when the run should not go on to its start."""
         if self.asked:
             raise RunEnds(self.asked.reason, self.asked.why)
+
+    @property
+    def dropped(self) -> bool:
+        """Whether nobody wants what the run leaves."""
+        return self.asked is not None and self.asked.reason != "stopped"
+
+    def hear(self, hearing: Hearing, output: Output | None = None) -> None:
+        """Go on to another state of the output, with another stream or none. Of the engine's copy the log skips what it has."""
+        if hearing not in HEARD_NEXT[self.hearing]:
+            raise AssertionError(f"{self.hearing} → {hearing}")
+        if self.output:
+            self.output.close()
+        self.hearing, self.output = hearing, output
+        if hearing is Hearing.COPY:
+            self.log.resume()
 
     def enter(self, phase: str) -> None:
         """Go on to a phase; the time spent in the last one is noted."""
@@ -2343,28 +2815,115 @@ class Job:
 
     def close(self) -> None:
         """Let go of what a finished run does not need."""
-        with self._lock:
-            os.close(self.wake)
-            os.close(self._waker)
-            self._waker = -1
+        self.patience.close()
         self.close_streams()
 
     def close_streams(self) -> None:
-        """Let go of the attach stream, and of stdin: an engine leaves whoever feeds it waiting when the container has ended."""
+        """Let go of the output, and of stdin: an engine leaves whoever feeds it waiting when the container has ended."""
         if self.output:
             self.output.close()
+            self.output = None
         if self.stdin:
-            with contextlib.suppress(OSError):
-                self.stdin.shutdown(socket.SHUT_RDWR)
+            self.stdin.wire.shut()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Places: who may run and who waits
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Places:
+    """The places of runs: so many at a time, and so many that wait behind them in the order of acceptance. A place is
+    taken before a run is recorded and given back when its container is gone. Each run that has one runs on a thread."""
+
+    def __init__(self, most: int, waiting: int, execute: Callable[[Job], None]) -> None:
+        self._most, self._waiting, self._execute = most, waiting, execute
+        self._lock = threading.Lock()  # guards all below
+        self._taken = 0
+        self._workers = 0
+        self._queue: collections.deque[Job] = collections.deque()
+
+    def take(self, unasked: bool = False) -> None:
+        """Take a place, even if there is none. Raises Unavailable."""
+        with self._lock:
+            if not unasked and self._taken >= self._most + self._waiting:
+                raise Unavailable("busy", "all places for running and queued runs are taken")
+            self._taken += 1
+
+    def give_back(self) -> None:
+        """Give a place back."""
+        with self._lock:
+            self._taken -= 1
+
+    def enqueue(self, job: Job) -> None:
+        """Run a job that has a place when its turn comes."""
+        with self._lock:
+            self._queue.append(job)
+        self.hire()
+
+    def at_once(self, job: Job) -> None:
+        """Run a job whose container is there already, or which only has to end, if it waits."""
+        with self._lock:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+            self._queue.appendleft(job)
+            self._workers += 1
+        self._spawn()
+
+    def hire(self) -> None:
+        """One more worker, if there is work for him and there may be one."""
+        with self._lock:
+            if not self._queue or self._workers >= self._most:
+                return
+            self._workers += 1
+        self._spawn()
+
+    def _spawn(self) -> None:
+        try:
+            threading.Thread(target=self._work, name="run", daemon=True).start()
+        except RuntimeError as error:  # no thread to be had: another worker takes the job, or the keeper hires one
+            log.error("no worker for a run: %s", error)
+            with self._lock:
+                self._workers -= 1
+
+    def _work(self) -> None:
+        """A worker: one run after the other until none is queued."""
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._workers -= 1
+                    return
+                job = self._queue.popleft()
+            try:
+                self._execute(job)
+            except Exception:
+                log.exception("run %s", job.run.id)
+            with self._lock:
+                self._taken -= 1
+                if self._workers > self._most:
+                    self._workers -= 1
+                    return
+
+    def queued(self) -> int:
+        """How many runs wait."""
+        with self._lock:
+            return len(self._queue)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pulls: one for all that want the image
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Pull:
-    """One pull, shared by all runs that want the image meanwhile; given up when none of them is left."""
+    """One pull, shared by all runs that want the image meanwhile."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
-        self.waiting = 0
-        self.error: str | None = None
+        self.patience = Patience(0)  # rung when nobody waits any more
+        self.waiting = 0  # guarded by the lock of Pulls
+        self.error: EngineError | None = None
         self.progress: dict[str, Any] = {}  # the engine's latest word
 
     def run(self, events: Generator[dict[str, Any], None, None]) -> None:
@@ -2372,30 +2931,77 @@ class Pull:
         try:
             with contextlib.closing(events):
                 for self.progress in events:
-                    if not self.waiting:
-                        raise EngineError("nobody waits for the image any more")
+                    pass
         except EngineError as error:
-            self.error = str(error)
+            self.error = error
+        except Exception as error:
+            log.exception("pull")
+            self.error = EngineError(f"the pull failed: {type(error).__name__}")
         finally:
             self.done.set()
 
 
+class Pulls:
+    """The pulls in progress; a connection whose image nobody waits for is dropped."""
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self._engine, self._seconds = engine, seconds
+        self._lock = threading.Lock()  # guards _pulls and what they count
+        self._pulls: dict[str, Pull] = {}
+
+    def pull(self, job: Job) -> None:
+        """Pull a run's image, or wait for somebody else's pull of it. Raises RunEnds, EngineError."""
+        reference, deadline = job.request.reference, time.monotonic() + self._seconds
+        job.pull = pull = self._join(reference)
+        try:
+            while not pull.done.wait(DISCONNECT_POLL_SECONDS):
+                job.check()
+                if time.monotonic() > deadline:
+                    raise RunEnds("pull_failed", f"the pull took longer than {self._seconds:g} s")
+        finally:
+            self._leave(reference, pull)
+        if pull.error:
+            raise pull.error
+
+    def _join(self, reference: str) -> Pull:
+        with self._lock:
+            pull = self._pulls.get(reference)
+            if pull is None or pull.done.is_set():
+                pull = Pull()
+                events = self._engine.for_one(pull.patience).pull(reference, self._seconds)
+                threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
+                self._pulls[reference] = pull
+            pull.waiting += 1
+            return pull
+
+    def _leave(self, reference: str, pull: Pull) -> None:
+        with self._lock:
+            pull.waiting -= 1
+            if not pull.waiting:
+                pull.patience.ring(hurry=True)
+                if self._pulls.get(reference) is pull:
+                    del self._pulls[reference]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runner: one run as one line
+# --------------------------------------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+
 class Runner:
-    """Takes runs in, runs each on a worker thread of its own, and sees every one of them to its end."""
+    """Sees every run to its end: one line for each, which can be entered where an earlier try or daemon left it."""
 
     def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks) -> None:
         self._settings, self._store, self._engine = settings, store, engine
-        self._evictor, self._callbacks = evictor, callbacks
+        self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
+        self._places = Places(settings.max_concurrent, settings.queue, self._execute)
+        self._pulls = Pulls(engine, settings.pull_timeout)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
-        self._lock = threading.Lock()  # guards all below
+        self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
-        self._queue: collections.deque[Job] = collections.deque()
-        self._places = 0  # taken in the queue or by a worker, from before the record until the container is gone
-        self._workers = 0
-        self._pulls: dict[str, Pull] = {}
-        self._stopping = False
-        self._engine_up = True
-        self._untidy = threading.Event()  # tells the housekeeper that the engine is absent or holds what should be gone
+        self.stopping = False
 
     # -- taking runs in, and looking at them
 
@@ -2403,85 +3009,78 @@ class Runner:
         """Accept a run, whose id this returns: it is recorded then. With the idempotency key of another run, that one's
         id, if the body is the same. Raises Unavailable, Conflict."""
         if key is None:
-            return self._accept(request, raw, None, "")
+            return self._accept(request, None, "")
         digest = hashlib.sha256(raw).hexdigest()
         with self._key_lock:
             known = self._store.find_key(key)
             if known is None:
-                return self._accept(request, raw, key, digest)
+                return self._accept(request, key, digest)
         run_id, known_digest = known
         if known_digest != digest:
             raise Conflict("the Idempotency-Key belongs to a run with another body")
         return run_id
 
-    def _accept(self, request: RunRequest, raw: bytes, key: str | None, digest: str) -> str:
-        with self._lock:
-            if self._stopping:
-                raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
-            if not self._engine_up:
-                raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
-            if self._places >= self._settings.max_concurrent + self._settings.queue:
-                raise Unavailable("busy", "all places for running and queued runs are taken")
-            self._places += 1
+    def _accept(self, request: RunRequest, key: str | None, digest: str) -> str:
+        if self.stopping:
+            raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
+        if not self._keeper.engine_up:
+            raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
         waited = not request.detached and key is None
         run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
-        job = Job(run, request, self._settings.log_limit)
+        self._places.take()
         try:
-            self._store.add(run, key, digest, None if waited else raw)
-        except BaseException:
-            job.close()
-            with self._lock:
-                self._places -= 1
+            job = self._job(run, request)
+            try:
+                self._store.add(run, key, digest, None if waited else request.pack())
+            except BaseException:
+                job.close()
+                raise
+        except BaseException as error:
+            self._places.give_back()
+            if isinstance(error, OSError):
+                raise Unavailable("busy", f"lightrun has no room for another run: {error.strerror}") from error
             raise
         with self._lock:
             self._jobs[run.id] = job
-            self._queue.append(job)
-            self._hire()
+        self._places.enqueue(job)
         return run.id
 
-    def _hire(self) -> None:
-        """Under the lock: one more worker, if there may be one."""
-        if self._workers < self._settings.max_concurrent:
-            self._workers += 1
-            self._spawn(self._work)
+    def _job(self, run: Run, request: RunRequest) -> Job:
+        return Job(run, request, Log(self._settings.log_limit, self._settings.state_dir))
 
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
         in their order."""
         for head, waited, begun, fed, asked in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
-            raw = self._store.request(run.id) or b""  # a waiting client's is not stored
-            job = Job(run, _stored_request(raw, run.image), self._settings.log_limit)
-            job.begun, job.fed, job.recovered = bool(begun), bool(fed) or job.request.stdin is None, True
-            if asked:
-                job.ask(Ask(**json.loads(asked)))
-            elif waited:
-                job.ask(Ask("interrupted"))
-            elif not begun:
-                self._judge_again(job, raw)
+            packed = self._store.request(run.id)  # a waiting client's is not stored
+            job = self._job(run, RunRequest.unpack(packed, run.image))
+            job.take_up(bool(begun), bool(fed))
+            if ask := Ask.parse(asked) or self._refusal(job, packed):
+                job.ask(ask)
             with self._lock:
-                self._places += 1
                 self._jobs[run.id] = job
-                if job.begun or job.asked:
-                    self._workers += 1
-                    self._spawn(self._work, job)
-                else:
-                    self._queue.append(job)
-                    self._hire()
-        self._untidy.set()  # an earlier daemon may have left containers without a run
-        threading.Thread(target=self._housekeeping, name="housekeeper", daemon=True).start()
+            self._places.take(unasked=True)
+            self._places.enqueue(job)
+            if job.begun or job.asked:
+                self._places.at_once(job)
+        self._keeper.start(self.job, self._places.hire)
 
-    def _judge_again(self, job: Job, raw: bytes) -> None:
-        """A run that was accepted under other limits must keep to those of today, as long as it has not begun."""
+    def _refusal(self, job: Job, packed: bytes | None) -> Ask | None:
+        """Why a run that was taken up must not go on: nobody waits for it any more, or it has not begun and today's limits
+        refuse it."""
+        if job.run.waited:
+            return Ask("interrupted")
+        if job.begun:
+            return None
         try:
-            job.request = RunRequest.parse(raw, self._settings)
+            if packed is None:
+                raise BadRequest("its request is gone")
+            job.request.allowed_by(self._settings)
         except LightrunError as error:
-            job.ask(Ask("start_failed", why=f"refused when it was taken up again: {error or error.more}"))
-
-    @staticmethod
-    def _spawn(target: Callable[..., None], *arguments: Any) -> None:
-        threading.Thread(target=target, args=arguments, name="run", daemon=True).start()
+            return Ask("start_failed", why=f"refused when it was taken up again: {error}")
+        return None
 
     def job(self, run_id: str) -> Job | None:
         """The run in progress with this id."""
@@ -2490,8 +3089,9 @@ class Runner:
 
     def counts(self) -> tuple[int, int]:
         """Runs that have a worker, and runs that wait for one."""
+        queued = self._places.queued()
         with self._lock:
-            return len(self._jobs) - len(self._queue), len(self._queue)
+            return max(0, len(self._jobs) - queued), queued
 
     def ask(self, run_id: str, ask: Ask) -> None:
         """Ask a run to end; a queued one ends at once, without a place. Raises NotFound, Conflict."""
@@ -2501,15 +3101,10 @@ class Runner:
             raise Conflict("the run has ended", "not_running")
         try:
             if not job.run.waited:
-                self._store.ask(run_id, to_json(dataclasses.asdict(ask)).decode())
+                self._store.ask(run_id, ask.recorded)
         finally:  # with a full disk too: what ends a run makes room
             job.ask(ask)
-        with self._lock:
-            queued = job in self._queue
-            if queued:
-                self._queue.remove(job)
-        if queued:
-            self._spawn(self._execute, job)
+        self._places.at_once(job)
 
     @contextlib.contextmanager
     def attended(self, job: Job | None) -> Iterator[None]:
@@ -2531,23 +3126,11 @@ class Runner:
 
     # -- one run
 
-    def _work(self, job: Job | None = None) -> None:
-        """A worker: one run after the other until none is queued."""
-        while True:
-            if job:
-                self._execute(job)
-            with self._lock:
-                if not self._queue or self._workers > self._settings.max_concurrent:
-                    self._workers -= 1
-                    return
-                job = self._queue.popleft()
-
     def _execute(self, job: Job) -> None:
         """One run from its place to its last trace."""
+        engine = self._engine.for_one(job.patience)
         try:
-            while not job.begun:
-                self._launch(job)
-            ending = self._see_to_end(job)
+            ending = self._line(job, engine)
         except RunEnds as end:
             ending = {"reason": end.reason, "error": str(end)}
         except EngineError as error:
@@ -2560,186 +3143,287 @@ class Runner:
             self._engine.remove(job.container)
         except EngineError as error:
             log.warning("run %s: %s", job.run.id, error)
-            self._untidy.set()
-        with self._lock:
-            self._places -= 1
+            self._keeper.tidy_up()
+        job.patience.close()
         with contextlib.suppress(Unavailable):  # the next run tries again
             self._evictor.evict(job.run.id)
 
-    def _launch(self, job: Job) -> None:
-        """pull, create, put, attach, start. When this returns without `begun`, it is to be done again: the engine went
-        away, or the network did, before the command could start."""
-        request, engine = job.request, self._engine
+    def _line(self, job: Job, engine: Engine) -> dict[str, Any]:
+        """pull … start, read to the end, extract: what became of the run."""
+        self._persist(job, lambda: self._launch(job, engine))
+        state = self._persist(job, lambda: self._watch(job, engine))
+        return self._conclude(job, engine, state)
+
+    def _persist(self, job: Job, step: Callable[[], Result]) -> Result:
+        """Do a step of the line, and again while the engine is away. When it answers but the step breaks all the same, a
+        few times more. Raises EngineError in the end, RunEnds for a run that is not to wait."""
+        failures = 0
+        while True:
+            began = time.monotonic()
+            try:
+                return step()
+            except EngineAbsent as error:
+                log.warning("run %s: %s", job.run.id, error)
+                away = self._sit_out(job, error)
+                failures = 0 if away or time.monotonic() - began > STEADY_SECONDS else failures + 1
+                if failures >= MAX_TRIES:
+                    raise EngineError(f"{error}, {failures} times") from error
+                job.patience.lengthen()
+                job.patience.sleep(min(RETRY_SECONDS, FIRST_LOOK_SECONDS * 4**failures))
+
+    def _sit_out(self, job: Job, error: EngineAbsent) -> bool:
+        """Wait until the engine answers; whether it did not at once. Raises RunEnds, EngineAbsent for a run that cannot wait or
+        need not."""
+        away = False
+        while not self._keeper.answers():
+            away = True
+            job.in_doubt |= job.hearing is not Hearing.ENDED
+            job.killing.tries = job.killing.failures = 0
+            if not job.begun:
+                job.check()
+                if job.run.waited:
+                    raise error
+            job.patience.sleep(RETRY_SECONDS)
+        return away
+
+    # -- to the start
+
+    def _launch(self, job: Job, engine: Engine) -> None:
+        """pull, create, put, attach, start: what of it is not done yet. What the engine refuses now ends the run."""
         try:
-            job.check()
-            job.enter("starting")
-            if job.recovered and self._has_started(job):  # a power loss can take `begun` back
-                job.begun = True
-                return
-            job.recovered = False
-            image = self._image(job)
-            job.run.image_id = image.id
+            try:
+                self._bring_up(job, engine)
+            except EngineMissing:
+                if job.relaunched:
+                    raise
+                engine.forget_network()  # pruned since it was last used, most likely
+                job.begun, job.relaunched = False, True
+                self._bring_up(job, engine)
+        except EngineAbsent:
+            raise
+        except EngineError as error:
+            raise RunEnds("start_failed", str(error)) from error
+
+    def _bring_up(self, job: Job, engine: Engine) -> None:
+        request = job.request
+        if job.touched and self._has_started(job, engine):
+            return
+        job.check()
+        job.enter("starting")
+        if job.begun and job.hearing is Hearing.NOTHING:
+            job.hear(Hearing.COPY)  # told to start by an earlier daemon: it may do so before we could attach
+        if job.hearing is Hearing.NOTHING:
+            image = self._image(job, engine)
+            job.run.image_id, job.touched = image.id, True
             job.container = engine.create(job.run.id, image, request)
             if request.files or not image.root:
                 engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
-            job.output = engine.attach(job.container)
+            job.hear(Hearing.LIVE, engine.attach(job.container))
             job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
-            self._insist(job, lambda: self._store.begin(job.run.id))
-            job.begun, job.request = True, dataclasses.replace(request, files={}, stdin=None)  # which may be large
-            engine.start(job.container)
-            if job.stdin:
-                self._spawn(self._feed, job, request.stdin)
-        except EngineAbsent as error:
-            self._mind_absence(job, error)  # if it was asked to start, what follows looks whether it did
-        except EngineError as error:
-            if job.relaunched or not isinstance(error, EngineMissing):
-                raise RunEnds("start_failed", str(error)) from error
-            engine.forget_network()  # pruned since it was last used, most likely
-            job.close_streams()
-            job.begun, job.request, job.recovered, job.relaunched = False, request, True, True
+        self._insist(job, lambda: self._store.begin(job.run.id))
+        job.begun, sent = True, job.now()
+        engine.start(job.container)
+        job.starting = sent, job.now()
+        job.killing.by(time.monotonic() + request.timeout)
+        self._feed(job)
 
-    def _has_started(self, job: Job) -> bool:
-        """Whether there is a container of this run that ever ran; one that never did is removed."""
-        with contextlib.suppress(EngineMissing):
-            if self._engine.inspect(job.container).started is not None:
+    def _has_started(self, job: Job, engine: Engine) -> bool:
+        """Look at what an earlier try or daemon left: whether the container ever ran. One that was never told to is removed."""
+        try:
+            if engine.inspect(job.container).started is not None:
+                if job.hearing is Hearing.NOTHING:
+                    job.hear(Hearing.COPY)
+                job.begun = True  # a power loss can take the record back
+                self._feed(job)
                 return True
-            self._engine.remove(job.container)
+            if not job.begun:
+                engine.remove(job.container)
+        except EngineMissing as error:
+            if job.begun:
+                raise RunEnds("lost", "the container vanished") from error
+        if not job.begun and job.hearing is Hearing.LIVE:
+            job.hear(Hearing.NOTHING)
         return False
+
+    def _feed(self, job: Job) -> None:
+        """Have the stdin of a started run written, by a thread of its own; let go of what the run's start needed."""
+        data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None)  # which may be large
+        if job.stdin and data is not None:
+            threading.Thread(target=self._write_stdin, args=(job, job.stdin, data), name="stdin", daemon=True).start()
+        elif not job.fed:  # by an earlier daemon, and not whole: the program may take that for the end of its input
+            job.ask(Ask("interrupted"))
+
+    def _write_stdin(self, job: Job, stdin: Reply, data: bytes) -> None:
+        """Write a run's stdin. An engine takes it, or waits, as long as the container runs, so that a connection that breaks
+        before has cut the program's input."""
+        try:
+            with contextlib.closing(stdin):
+                stdin.wire.send(data)
+                stdin.wire.half_close()
+            job.fed = True
+            if not job.run.waited:
+                self._insist(job, lambda: self._store.fed(job.run.id))
+        except OSError:
+            job.starved = job.now()
+            job.patience.ring()
+
+    def _image(self, job: Job, engine: Engine) -> Image:
+        """The run's image, pulled if need be. Raises RunEnds."""
+        reference = job.request.reference
+        try:
+            if self._settings.pull != "always":
+                with contextlib.suppress(EngineMissing):
+                    return engine.image(reference)
+            if self._settings.pull == "never" or is_image_id(reference):
+                raise RunEnds("pull_failed", f"there is no image {reference} and it is not to be pulled")
+            job.enter("pulling")
+            self._pulls.pull(job)
+            job.enter("starting")
+            try:
+                return engine.image(reference)
+            except EngineMissing as error:
+                raise EngineAbsent("the pull ended without the image") from error
+        except EngineAbsent:
+            raise
+        except EngineError as error:
+            raise RunEnds("pull_failed", str(error)) from error
 
     def _insist(self, job: Job, write: Callable[[], None]) -> None:
         """Write to the store, again and again while its disk is full."""
         while True:
             try:
                 return write()
-            except Unavailable as error:
+            except (Unavailable, StorageUncertain) as error:
                 log.error("run %s: %s", job.run.id, error)
                 time.sleep(RETRY_SECONDS)
 
-    def _mind_absence(self, job: Job, error: EngineAbsent) -> None:
-        """Wait until the engine is back. Raises RunEnds, EngineAbsent for a run that cannot wait or need not."""
-        log.warning("run %s: %s", job.run.id, error)
-        self._untidy.set()
-        job.recovered = job.unheard = True
-        job.close_streams()
-        while not self._answers():
-            if not job.begun:
-                job.check()
-            if job.run.waited and not job.begun:
-                raise error
-            time.sleep(RETRY_SECONDS)
+    # -- to the end
 
-    def _feed(self, job: Job, data: bytes) -> None:
-        """Write a run's stdin. A program that ends before it has read all of it breaks the pipe, which is its right."""
-        with contextlib.closing(job.stdin) as stdin, contextlib.suppress(OSError, Unavailable):
-            stdin.sendall(data)
-            stdin.shutdown(socket.SHUT_WR)
-            job.fed = True
-            if not job.run.waited:
-                self._store.fed(job.run.id)
+    def _watch(self, job: Job, engine: Engine) -> ContainerState:
+        """Read to the end of the output and of the container, send the signals that fall due, and look at the container now
+        and then: nothing here trusts a stream to come to its end."""
+        if job.run.phase != "running":
+            job.enter("running")
+        pause = FIRST_LOOK_SECONDS
+        look_at = time.monotonic() + (pause if job.starting else 0)
+        while True:
+            job.patience.heard()
+            if job.killing.due(job.asked):
+                self._kill(job, engine)
+                pause = FIRST_LOOK_SECONDS
+                look_at = time.monotonic() + pause
+            if time.monotonic() >= look_at or job.hearing is Hearing.ENDED:
+                state = self._look(job, engine)
+                if not state.running:
+                    return self._hear_out(job, engine, state)
+                pause = min(2 * pause, LOOK_SECONDS)
+                look_at = time.monotonic() + pause
+                if job.starved is not None and job.now() > job.starved + FIRST_LOOK_SECONDS:
+                    job.ask(Ask("engine_error"))
+                if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited
+                    engine.wait(job.container, job.patience.wake, pause)
+                    job.hear(Hearing.COPY)
+            if job.starved is not None and not job.asked:
+                look_at = min(look_at, time.monotonic() + 2 * FIRST_LOOK_SECONDS)
+            self._listen(job, engine, min(look_at, job.killing.at) - time.monotonic())
 
-    def _image(self, job: Job) -> Image:
-        """The run's image, pulled if need be. Raises RunEnds."""
+    def _look(self, job: Job, engine: Engine) -> ContainerState:
+        """The container's state. What the engine refuses ends no run that has begun: it counts as an absence."""
         try:
-            if self._settings.pull != "always":
-                with contextlib.suppress(EngineMissing):
-                    return self._engine.image(job.request.reference)
-            if self._settings.pull == "never" or is_image_id(job.request.reference):
-                raise RunEnds("pull_failed", f"there is no image {job.request.reference} and it is not to be pulled")
-            job.enter("pulling")
-            self._pull(job)
-            job.enter("starting")
-            return self._engine.image(job.request.reference)
+            state = engine.inspect(job.container)
+            if state.started is None:
+                raise EngineAbsent("the engine does not say when the container started")
+        except EngineMissing as error:
+            raise RunEnds("lost", "the container vanished") from error
         except EngineAbsent:
             raise
         except EngineError as error:
-            raise RunEnds("pull_failed", str(error)) from error
+            raise EngineAbsent(str(error)) from error
+        if job.run.started is None:
+            self._note_start(job, state, state.started)
+        if state.running:
+            job.in_doubt = False
+        return state
 
-    def _pull(self, job: Job) -> None:
-        reference, seconds = job.request.reference, self._settings.pull_timeout
-        deadline = time.monotonic() + seconds
-        with self._lock:
-            pull = self._pulls.get(reference)
-            fresh = pull is None or pull.done.is_set()
-            if pull is None or fresh:
-                pull = self._pulls[reference] = Pull()
-            pull.waiting += 1
-        job.pull = pull
-        if fresh:
-            self._spawn(pull.run, self._engine.pull(reference, seconds))
-        try:
-            while not pull.done.wait(DISCONNECT_POLL_SECONDS):
-                job.check()
-                if time.monotonic() > deadline:
-                    raise RunEnds("pull_failed", f"the pull took longer than {seconds:g} s")
-        finally:
-            with self._lock:
-                pull.waiting -= 1
-                if not pull.waiting and self._pulls.get(reference) is pull:
-                    del self._pulls[reference]
-        if pull.error:
-            raise RunEnds("pull_failed", pull.error)
+    @staticmethod
+    def _note_start(job: Job, state: ContainerState, started: float) -> None:
+        """Take the container's start over into the run's clock, whatever the engine's says; and the deadline of a run that we
+        did not start ourselves from it, never too early."""
+        if job.starting:
+            job.shift = _shift(started, started, *job.starting)
+        else:
+            job.shift = _shift(state.told, state.told + 1, job.now(), job.now())  # a Date has whole seconds
+            elapsed = max(0.0, job.now() - job.shift - started)
+            job.killing.by(time.monotonic() + job.request.timeout - elapsed)
+        job.run.image_id, job.run.started = state.image_id, max(job.run.created, started + job.shift)
+        job.log.nudge()
 
-    def _see_to_end(self, job: Job) -> dict[str, Any]:
-        """read to the end → wait → extract, as often as the engine goes away in between."""
-        while True:
+    def _listen(self, job: Job, engine: Engine, seconds: float) -> bool:
+        """Take the next piece of the output, if one comes in time. Whatever ends or breaks is followed by the engine's copy;
+        that this cannot be had either shows when somebody looks."""
+        if job.output is None and time.monotonic() >= job.listen_at:
             try:
-                return self._conclude(job, self._watch(job))
-            except EngineMissing as error:
-                raise RunEnds("lost", "the container vanished") from error
-            except EngineAbsent as error:
-                self._mind_absence(job, error)
+                job.hear(Hearing.COPY, engine.kept_output(job.container, follow=True))
+            except EngineError:
+                self._lose(job)
+        if job.output is None:
+            engine.wait(job.container, job.patience.wake, min(seconds, job.listen_at - time.monotonic()))
+            return False
+        try:
+            data = job.output.read(job.patience.wake, seconds)
+        except EngineAbsent:
+            self._lose(job)
+            return True
+        if data:
+            job.log.feed(data)
+        elif data is not None:
+            job.hear(Hearing.COPY if job.hearing is Hearing.LIVE else Hearing.ENDED)
+        return data is not None
 
-    def _readopt(self, job: Job, state: ContainerState) -> None:
-        """Take up a container whose output nobody has read for a while, or which may not have been started."""
-        if not job.fed:
-            job.ask(Ask("interrupted"))
-        if state.started is None:
-            job.check()
-            job.output = self._engine.attach(job.container)
-            self._engine.start(job.container)
-        elif state.running:  # for those who look now; what is kept is read again at the end
-            job.log.replace(self._engine.logs(job.container))
-            job.output = self._engine.attach(job.container)
+    @staticmethod
+    def _lose(job: Job) -> None:
+        """What carried the output broke: read the engine's copy, after a pause if that was it."""
+        if job.hearing is not Hearing.LIVE:
+            job.listen_at = time.monotonic() + job.deaf_seconds
+            job.deaf_seconds = min(2 * job.deaf_seconds, LOOK_SECONDS)
+        job.hear(Hearing.COPY)
 
-    def _watch(self, job: Job) -> ContainerState:
-        """Read to the end of the output and of the container, and send the signals that fall due meanwhile."""
-        state = self._engine.inspect(job.container)
-        if job.recovered:
-            job.unheard = job.unheard and not state.running
-            self._readopt(job, state)
-            state = self._engine.inspect(job.container)
-            if not state.running:  # attached too late, and an engine may then never say that it was the end
-                job.close_streams()
-        if state.started is None:
-            raise RunEnds("engine_error", "the engine does not say when the container started")
-        job.run.image_id, job.run.started = state.image_id, state.started
-        job.enter("running")
-        kill_at = time.monotonic() + state.started + job.request.timeout - time.time()
-        heeded: Ask | None = None
-        while True:
-            if (asked := job.heed()) is not heeded and asked:
-                if self._engine.kill(job.container, asked.signal):
-                    job.taken = asked.reason
-                heeded, kill_at = asked, min(kill_at, time.monotonic() + asked.grace)
-            if (left := kill_at - time.monotonic()) <= 0:
-                if self._engine.kill(job.container, "SIGKILL"):
-                    job.taken = job.taken or "timeout"
-                left = RETRY_SECONDS
-                kill_at = time.monotonic() + left
-            if job.output and job.output.open:
-                job.log.feed(job.output.read(job.wake, left))
-            elif not (state := self._engine.wait(job.container, min(left, WAIT_SLICE_SECONDS))).running:
-                return state
+    def _hear_out(self, job: Job, engine: Engine, state: ContainerState) -> ContainerState:
+        """Read what is left of the output of a container that has exited, from the attach stream and then from the engine's
+        copy, as long as it comes."""
+        for _ in range(2):
+            late = time.monotonic() + ENGINE_SECONDS
+            while job.hearing is not Hearing.ENDED and time.monotonic() < late:
+                if not self._listen(job, engine, QUIET_SECONDS):
+                    break
+            if job.hearing is Hearing.LIVE:
+                job.hear(Hearing.COPY)
+        return state
 
-    def _conclude(self, job: Job, state: ContainerState) -> dict[str, Any]:
+    def _kill(self, job: Job, engine: Engine) -> None:
+        """Send the signal that is due. Raises EngineError for a container that cannot be killed, RunEnds for one that was
+        removed instead."""
+        killing = job.killing
+        if killing.failures >= MAX_FAILED_KILLS and job.asked and job.dropped:
+            engine.remove(job.container)
+            raise RunEnds(job.asked.reason, "removed, since the engine did not answer when it was to be killed")
+        if killing.tries > MAX_KILLS:
+            raise RunEnds("engine_error", "the container cannot be killed")
+        try:
+            if engine.kill(job.container, killing.signal):
+                job.taken = killing.reason if killing.asked else job.taken or killing.reason
+            killing.next(answered=True)
+        except EngineError as error:
+            log.warning("run %s: %s", job.run.id, error)
+            killing.next(answered=False)
+
+    def _conclude(self, job: Job, engine: Engine, state: ContainerState) -> dict[str, Any]:
         """What became of a container that has exited, and what it leaves."""
-        if job.recovered:
-            job.log.replace(self._engine.logs(job.container))
-            job.log.truncated = job.log.truncated or job.unheard
-        if job.recovered and not job.fed:  # it may have taken the loss for the end of its input
-            job.taken = job.taken or "interrupted"
-        reason = job.taken or ("oom" if state.oom_killed and state.exit_code else "exited")
+        self._complete_log(job, engine)
+        if state.started is not None and state.finished is not None:  # as the engine tells both
+            job.ran = round(max(0.0, state.finished - state.started) * 1000)
+        reason = self._reason(job, engine, state)
         ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed}
         ending["error"] = {
             "timeout": f"killed after its timeout of {job.request.timeout * 1000:.0f} ms",
@@ -2747,35 +3431,86 @@ class Runner:
             "stopped": "stopped on request",
             "cancelled": "cancelled",
             "interrupted": "killed because lightrun went away under it",
+            "engine_error": "the connection that carried its stdin broke; it may have taken that for the end of its input",
         }.get(reason)
         kept_anyway = job.request.extract_on_exit and reason in {"exited", "stopped", "timeout", "oom"}
         if job.request.extract and (kept_anyway or (state.exit_code == 0 and reason in {"exited", "stopped"})):
             job.enter("extracting")
-            ending |= self._extract(job)
+            ending |= self._extract(job, engine)
         return ending
 
-    def _extract(self, job: Job) -> dict[str, Any]:
-        extraction = Extraction(self._settings.artifacts_root(), job.run.id, self._settings.extract_limit)
+    def _reason(self, job: Job, engine: Engine, state: ContainerState) -> str:
+        if not job.taken and job.killing.unanswered:  # the engine may have taken it all the same
+            with contextlib.suppress(EngineError):
+                if engine.has_sent(job.container, job.killing.unanswered, state.started or 0, state.told):
+                    job.taken = job.killing.reason
+        if job.taken:
+            return job.taken
+        if job.taken_up and not job.fed:  # it may have taken the loss for the end of its input
+            return "interrupted"
+        if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift):
+            return "engine_error"
+        return "oom" if state.oom_killed and state.exit_code else "exited"
+
+    def _complete_log(self, job: Job, engine: Engine) -> None:
+        """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
+
+        def pieces() -> Iterator[bytes]:
+            with contextlib.closing(engine.kept_output(job.container, follow=False)) as output:
+                while piece := output.read(-1, ENGINE_SECONDS):
+                    yield piece
+                if piece is None:
+                    raise EngineAbsent("the engine did not answer in time (to read the log)")
+
+        whole = True
+        if job.hearing is not Hearing.ENDED or job.log.resumed:
+            try:
+                self._persist(job, lambda: job.log.replace(pieces()))
+            except EngineError as error:
+                log.warning("run %s: %s", job.run.id, error)
+                whole = False
+        job.run.logs_truncated = job.in_doubt or not whole
+
+    def _extract(self, job: Job, engine: Engine) -> dict[str, Any]:
+        """Keep what was asked for, in a bounded time and only for somebody who still wants it."""
+        late = time.monotonic() + EXTRACT_SECONDS
+
+        def check() -> None:
+            if job.dropped:
+                raise RunEnds("cancelled", "cancelled")
+            if time.monotonic() > late:
+                raise ArtifactError(f"was not copied within {EXTRACT_SECONDS} s of extraction")
+
+        extraction = Extraction(self._settings.artifacts_root(), job.run.id, self._settings.extract_limit, check)
         extraction.discard()  # of an earlier try, which the engine's absence cut short
-        extracted = []
-        for path in job.request.extract:
-            if job.asked and job.asked.reason != "stopped":
-                extraction.discard()
-                return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path in job.request.extract]}
-            extracted.append({"from": path, **self._keep(job, extraction, path)})
+        try:
+            extracted = [{"from": path, **self._keep(job, engine, extraction, path, check)} for path in job.request.extract]
+            if job.dropped:
+                raise RunEnds("cancelled", "cancelled")
+        except RunEnds:
+            extraction.discard()
+            return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path in job.request.extract]}
         return {"artifacts": extraction.artifacts, "extracted": extracted}
 
-    def _keep(self, job: Job, extraction: Extraction, path: str) -> dict[str, Any]:
+    def _keep(
+        self, job: Job, engine: Engine, extraction: Extraction, path: str, check: Callable[[], None]
+    ) -> dict[str, Any]:
         """One entry of `extract`."""
-        try:
-            with self._engine.archive(job.container, clean_path(posixpath.join(job.request.workdir, path))) as (tar, mode):
+        absolute = clean_path(posixpath.join(job.request.workdir, path))
+
+        def copy_out() -> dict[str, Any]:
+            check()
+            with engine.archive(job.container, absolute) as (tar, mode):
                 if mode & GO_MODE_LINK:
                     raise ArtifactError("is a link")
                 if mode & GO_MODE_OTHER:
                     raise ArtifactError("is neither a file nor a folder")
-                return {"status": "ok", **extraction.keep(tar, bool(mode & GO_MODE_FOLDER))}
+                return extraction.keep(tar, bool(mode & GO_MODE_FOLDER))
+
+        try:
+            return {"status": "ok", **self._persist(job, copy_out)}
         except EngineMissing:
-            self._engine.inspect(job.container)  # raises when it is the container that is missing
+            self._persist(job, lambda: self._look(job, engine))  # ends the run when it is the container that is missing
             return {"status": "missing"}
         except EngineAbsent:
             raise
@@ -2788,63 +3523,121 @@ class Runner:
     def _record(self, job: Job, ending: dict[str, Any]) -> None:
         """Put the end on disk, however long that takes, and only then tell it."""
         job.enter(job.run.phase)
+        if job.ran is not None:
+            job.run.timings["run"] = job.ran
         frames = job.log.frames()
-        run = dataclasses.replace(job.run, finished=time.time(), logs_truncated=job.log.truncated, **ending)
+        run = dataclasses.replace(
+            job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
+        )
         state = whole_state({**run.head(), "callback": None}, run.tail(), log_lines(frames)) if run.callback else None
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
         self._insist(job, lambda: self._store.finish(run, frames, packed))
-        if job.recovered and not run.artifacts:
+        if not run.artifacts:
             remove_tree(self._settings.artifacts_root() / run.id)  # of an extraction that was cut short
         with self._lock:
             del self._jobs[run.id]
         job.run = run
         job.done.set()
         job.log.nudge(ended=True)
-        job.close()
+        job.close_streams()
         log.info("run %s %s (%s)", run.id, run.status, run.reason)
         if run.callback:
             self._callbacks.owe(run.id)
 
-    # -- the engine's absence
+    def refuse(self) -> None:
+        """Take no more runs."""
+        self.stopping = True
 
-    def _answers(self) -> bool:
-        try:
-            self._engine.version()
-        except EngineError:
-            return False
-        return True
-
-    def _housekeeping(self) -> None:
-        """Whenever something is untidy: wait for the engine, then remove the containers that no run in progress has."""
-        while self._untidy.wait():
-            self._untidy.clear()
-            try:
-                for container, run_id in self._engine.containers():
-                    if self.job(run_id) is None:
-                        self._engine.remove(container)
-                self._engine_up = True
-            except EngineError as error:
-                absent = isinstance(error, EngineAbsent)
-                if self._engine_up or not absent:  # an absence is told once
-                    log.warning("%s; trying again", error)
-                self._engine_up = not absent
-                self._untidy.set()
-                time.sleep(RETRY_SECONDS)
-
-    def stop(self, seconds: float) -> None:
-        """Take no more runs, give those with a waiting client some seconds, then kill them. The others go on without us."""
+    def stop(self, deadline: float) -> None:
+        """Give runs with a waiting client until then (monotonic), then kill them and wait a little for their ends. The others
+        go on without us."""
+        self.refuse()
         with self._lock:
-            self._stopping = True
             attended = [job for job in self._jobs.values() if not job.request.detached]
-        deadline = time.monotonic() + seconds
         for job in attended:
             job.done.wait(max(0.0, deadline - time.monotonic()))
         left = [job for job in attended if job.run.waited and not job.done.is_set()]
         for job in left:
             with contextlib.suppress(LightrunError):
                 self.ask(job.run.id, Ask("interrupted"))
+        last = time.monotonic() + INTERRUPT_SECONDS
         for job in left:
-            job.done.wait(seconds)
+            job.done.wait(max(0.0, last - time.monotonic()))
+
+
+def _shift(low: float, high: float, earliest: float, latest: float) -> float:
+    """Seconds to be added to another clock's times so that what it told, between `low` and `high`, lies between two of
+    ours: none when it may well do so."""
+    return max(0.0, earliest - high) or min(0.0, latest - low)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keeper: the engine's absence, and what must go
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Keeper:
+    """Knows whether the engine answers, and removes the containers that no run in progress has."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._untidy = threading.Event()  # there may be such containers, or the engine is away
+        self.engine_up = True
+
+    def start(self, in_progress: Callable[[str], Any], hire: Callable[[], None]) -> None:
+        """Begin, with what an earlier daemon left. `in_progress` knows the ids of runs, `hire` sees to a worker."""
+        self.tidy_up()
+        threading.Thread(target=self._keep, args=(in_progress, hire), name="keeper", daemon=True).start()
+
+    def tidy_up(self) -> None:
+        """Look for containers to be removed, as soon as the engine answers."""
+        self._untidy.set()
+
+    def answers(self) -> bool:
+        """Whether the engine answers now; new runs are refused from a no until it does again."""
+        try:
+            self._engine.version()
+        except EngineError:
+            self.engine_up = False
+            self.tidy_up()
+            return False
+        return True
+
+    def _keep(self, in_progress: Callable[[str], Any], hire: Callable[[], None]) -> None:
+        pause = RETRY_SECONDS
+        while True:
+            self._untidy.wait()
+            self._untidy.clear()
+            try:
+                left = self._sweep(in_progress)
+                self.engine_up = True
+            except EngineError as error:
+                if self.engine_up:  # an absence is told once
+                    log.warning("%s; trying again", error)
+                self.engine_up, left = not isinstance(error, EngineAbsent), 1
+                pause = RETRY_SECONDS
+            except Exception:
+                log.exception("keeper")
+                left = 1
+            hire()
+            if left:
+                time.sleep(pause)
+                pause = min(2 * pause, MAX_SWEEP_SECONDS) if self.engine_up else RETRY_SECONDS
+                self.tidy_up()
+            else:
+                pause = RETRY_SECONDS
+
+    def _sweep(self, in_progress: Callable[[str], Any]) -> int:
+        """Remove what no run in progress has; how many could not be. One that cannot be removed stops no other."""
+        left = 0
+        for container, run_id in self._engine.containers():
+            if not in_progress(run_id):
+                try:
+                    self._engine.remove(container)
+                except EngineError as error:
+                    log.warning("container of run %s: %s", run_id, error)
+                    left += 1
+        return left
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3658,7 +4451,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Take no more runs, let clients that wait have their results, and let go of everything."""
-        self._runner.stop(DRAIN_SECONDS)
+        self._runner.stop(time.monotonic() + DRAIN_SECONDS)
         time.sleep(0.1)  # the last answers are on their way
         if self._settings.socket and self._socket.getsockname() == str(self._settings.socket):  # not systemd's
             with contextlib.suppress(OSError):
