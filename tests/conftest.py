@@ -141,7 +141,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in several workers, unless the command line picks tests or says how many."""
     option = config.option
     picked = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.keyword or option.markexpr or option.lf
-    if option.numprocesses is None and not (picked or option.usepdb or option.collectonly):
+    if option.numprocesses is None and not (picked or option.usepdb or option.collectonly or hasattr(config, "workerinput")):
         option.numprocesses = WORKERS
 
 
