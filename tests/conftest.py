@@ -2,13 +2,27 @@
 
 A test takes `daemon` and calls it: `lightrun = daemon("--max-concurrent", "2")` starts one on a free port with a state
 dir, a home and a temporary folder of its own. It ends with the test, and whatever it left is an error.
+
+The whole suite runs in several workers at once (pytest-xdist), which share the engine; a part of it, named by a file or
+`-k`, runs in one process. `-n` says otherwise. A test that takes a fixture of its module's scope runs in one worker with
+the others that take it, in their order; any other test may run anywhere, beside any. So a test must look at what is its
+own: its daemon's containers, not all of them. A test that cannot, because it judges times or ratios that a busy machine
+spoils, looks at the whole disk, or changes what the others use, says so:
+
+    @pytest.mark.alone("judges latencies")
+
+While it runs, no other test does; these tests come last, one after the other, and make the suite longer by all they take.
+Tests with a `timeout` of their own are taken for the longest, and come first.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import email.message
+import fcntl
+import functools
 import http.client
 import http.server
 import json as jsonlib
@@ -21,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -34,14 +48,21 @@ import pytest
 import lightrun
 from engine import DEFAULT_HOST, IMAGE, EngineApi, UnixConnection
 from images import Registry, user_id_image, user_name_image
+from images import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 LABEL_STATE: str = getattr(lightrun, "LABEL_STATE", "lightrun.state")
 LABEL_RUN: str = getattr(lightrun, "LABEL_RUN", "lightrun.run")
 NETWORK = "lightrun"
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 STOP_SECONDS = 20.0
-SETTLE_SECONDS = 10.0
+SETTLE_SECONDS = 20.0
+# More than there are cores: a test waits for the engine half of its time.
+WORKERS = 2 * (os.cpu_count() or 1)
+SESSION_VARIABLE = "LIGHTRUN_TEST_SESSION"
+ALONE = "alone"
+# In the session's folder, for all workers.
+GROUPS_FILE, USERS_FILE, BEFORE_FILE = "groups", "users", "before"
 # What a daemon gets of this process's environment; all else is the test's to give.
 KEPT_VARIABLES = ("PATH", "LANG", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
 
@@ -64,24 +85,37 @@ def eventually(condition: Callable[[], Any], timeout: float = SETTLE_SECONDS, in
     return value
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
-    with socketlib.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---------------------------------------------------------------- The session's folder, and nothing left in it
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Put every temporary file under one folder. Its name is short: Unix socket paths end at 107 bytes."""
-    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="lightrun-test-")
+    """Put every temporary file under one folder, each worker's apart. Names are short: Unix socket paths end at 107 bytes."""
+    worker: dict[str, str] | None = getattr(config, "workerinput", None)
+    if worker is None:
+        os.environ[SESSION_VARIABLE] = tempfile.mkdtemp(prefix="lightrun-test-")
+    folder = session_folder() / (worker["workerid"] if worker else "main")
+    folder.mkdir()
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    config.option.basetemp = session_folder() / f"{folder.name}-pytest"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove that folder, with pytest's own below it."""
-    shutil.rmtree(tempfile.gettempdir(), ignore_errors=True)
+    """Remove that folder, after the workers, with pytest's own below it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(session_folder(), ignore_errors=True)
+
+
+def session_folder() -> Path:
+    """The folder of the whole session, which all workers know."""
+    return Path(os.environ[SESSION_VARIABLE])
+
+
+@contextlib.contextmanager
+def exclusive(name: str) -> Iterator[None]:
+    """For what only one worker may do at a time."""
+    with (session_folder() / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +124,7 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     eventually(lambda: not _child_processes())
     assert not _child_processes(), "processes left"
-    left = [path.name for path in Path(tempfile.gettempdir()).iterdir() if not path.name.startswith("pytest-of-")]
+    left = [path.name for path in Path(tempfile.gettempdir()).iterdir()]
     assert not left, "temporary files left"
 
 
@@ -99,13 +133,80 @@ def _child_processes() -> list[str]:
     return [f"{child.pid} {child.name()}" for child in children if child.is_running()]
 
 
+# ---------------------------------------------------------------- Several workers
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in several workers, unless the command line picks tests or says how many."""
+    option = config.option
+    picked = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.keyword or option.markexpr or option.lf
+    if option.numprocesses is None and not (picked or option.usepdb or option.collectonly or hasattr(config, "workerinput")):
+        option.numprocesses = WORKERS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In a worker, put each group of tests together, and the groups in the order in which they are to be begun."""
+    if not hasattr(config, "workerinput"):
+        return
+    groups = {item.nodeid: _group(item) for item in items}
+    members = collections.Counter(groups.values())
+    patience = dict.fromkeys(members, 0.0)
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        patience[groups[item.nodeid]] = max(patience[groups[item.nodeid]], limit.args[0] if limit else 0)
+    names = sorted(members, key=lambda name: (name == ALONE, -patience[name], -members[name]))
+    order = {name: number for number, name in enumerate(names)}
+    items.sort(key=lambda item: order[groups[item.nodeid]])
+    with exclusive("order"):  # All workers write the same.
+        (session_folder() / GROUPS_FILE).write_text(jsonlib.dumps(groups))
+
+
+def _group(item: pytest.Item) -> str:
+    """What a test shares a worker with: those that are to be alone, those that take fixtures of its module's, or nothing."""
+    if item.get_closest_marker(ALONE):
+        return ALONE
+    module = item.nodeid.partition("::")[0]
+    assert isinstance(item, pytest.Function)
+    definitions = [each[-1] for each in item._fixtureinfo.name2fixturedefs.values()]
+    return module if any(each.scope == "module" and each.baseid == module for each in definitions) else item.nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out the groups in the order of the tests: like `--dist loadgroup`, but the group is not in the test's name."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = lambda test: _recorded_groups()[test]
+    return scheduler
+
+
+@functools.cache
+def _recorded_groups() -> dict[str, str]:
+    groups: dict[str, str] = jsonlib.loads((session_folder() / GROUPS_FILE).read_text())
+    return groups
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Let no test run beside one that is to be alone. Outside of everything, so that no time limit counts the waiting."""
+    alone = item.get_closest_marker(ALONE) is not None
+    with (session_folder() / "room.lock").open("w") as room:
+        with exclusive("gate"):  # Held while waiting for the room: who wants to be alone is not overtaken for ever.
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        return (yield)
+
+
 # ---------------------------------------------------------------- The engine
 
 
 @pytest.fixture(scope="session")
 def engine_api() -> EngineApi:
     """A running engine with IMAGE on it, brought up when need be. Fails when none can be had."""
-    done = subprocess.run([sys.executable, ROOT / "tests/engine.py"], capture_output=True, text=True)
+    with exclusive("engine"):
+        done = subprocess.run([sys.executable, ROOT / "tests/engine.py"], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.fail(done.stderr, pytrace=False)
     return EngineApi()
@@ -115,32 +216,52 @@ def engine_api() -> EngineApi:
 def engine(engine_api: EngineApi) -> Iterator[docker.APIClient]:
     """The engine through the docker SDK; at its end, whatever the tests left on it is an error."""
     client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
-    networks, volumes = _network_names(client), _dangling_volumes(client)
+    before = session_folder() / BEFORE_FILE
     try:
+        with exclusive("engine"):
+            if _engine_users(+1) == 1:
+                before.write_text(jsonlib.dumps([sorted(_network_names(client)), sorted(_dangling_volumes(client))]))
         yield client
-        if NETWORK not in networks:
-            with contextlib.suppress(docker.errors.APIError):  # Never made, or another session's daemon uses it by now.
-                client.remove_network(NETWORK)
         containers = [entry["Names"] for entry in Daemon.all_containers(client)]
+        with exclusive("engine"):
+            if _engine_users(-1) == 0:  # The other workers need it no more: networks and volumes of theirs are gone too.
+                _assert_left_as_it_was(client, *map(set, jsonlib.loads(before.read_text())))
         assert not containers, "containers left"
-        assert not {name for name in _network_names(client) - networks - {NETWORK} if name.startswith("lightrun")}
-        # Another user's run may have a volume between two containers of its own: look again before calling it ours.
-        eventually(lambda: not _dangling_volumes(client) - volumes)
-        assert not _dangling_volumes(client) - volumes, "volumes left"
     finally:
         client.close()
+
+
+def _engine_users(change: int) -> int:
+    """How many workers have the engine in use, after a change."""
+    file = session_folder() / USERS_FILE
+    count = int(file.read_text() if file.exists() else 0) + change
+    file.write_text(str(count))
+    return count
+
+
+def _assert_left_as_it_was(client: docker.APIClient, networks: set[str], volumes: set[str]) -> None:
+    """There are no more networks and volumes than there were."""
+    if NETWORK not in networks:
+        with contextlib.suppress(docker.errors.APIError):  # Never made, or another session's daemon uses it by now.
+            client.remove_network(NETWORK)
+    assert not {name for name in _network_names(client) - networks - {NETWORK} if name.startswith("lightrun")}
+    # Another user's run may have a volume between two containers of its own: look again before calling it ours.
+    eventually(lambda: not _dangling_volumes(client) - volumes)
+    assert not _dangling_volumes(client) - volumes, "volumes left"
 
 
 @pytest.fixture(scope="session")
 def uid_image(engine_api: EngineApi) -> str:
     """An image that runs as user 1000, by number."""
-    return user_id_image(engine_api)
+    with exclusive("engine"):
+        return user_id_image(engine_api)
 
 
 @pytest.fixture(scope="session")
 def user_image(engine_api: EngineApi) -> str:
     """An image that runs as user `app`, by name, in a work directory that belongs to root."""
-    return user_name_image(engine_api)
+    with exclusive("engine"):
+        return user_name_image(engine_api)
 
 
 @pytest.fixture
@@ -169,12 +290,28 @@ def _dangling_volumes(client: docker.APIClient) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """lightrun.pyz, built from the working tree, in a place where no later build replaces it under a running daemon."""
-    done = subprocess.run([sys.executable, ROOT / "build_zipapp.py"], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.fail(done.stderr, pytrace=False)
-    return Path(shutil.copy2(ROOT / "lightrun.pyz", tmp_path_factory.mktemp("pyz")))
+def built() -> Path:
+    """lightrun.pyz, built once from the working tree, in a place where no later build replaces it under a running daemon."""
+    copy = session_folder() / "lightrun.pyz"
+    with exclusive("build"):
+        if not copy.exists():
+            done = subprocess.run([sys.executable, ROOT / "build_zipapp.py"], capture_output=True, text=True)
+            if done.returncode != 0:
+                pytest.fail(done.stderr, pytrace=False)
+            shutil.copy2(ROOT / "lightrun.pyz", copy)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def pyz(built: Path) -> Path:
+    """What daemons run: what is in lightrun.pyz, unpacked and compiled once, since each start compiles it all otherwise."""
+    folder = session_folder() / "lightrun"
+    with exclusive("build"):
+        if not folder.exists():
+            with zipfile.ZipFile(built) as archive:
+                archive.extractall(folder)
+            subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
+    return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,7 +633,7 @@ class Receiver:
 
     def __init__(self) -> None:
         self.requests: list[Received] = []
-        self.answers: deque[Answer] = deque()
+        self.answers: collections.deque[Answer] = collections.deque()
         self.default = Answer()
         self._closing = threading.Event()
         receiver = self

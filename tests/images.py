@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import json
+import os
+import re
 import shutil
 import socket
 import subprocess
@@ -62,7 +66,7 @@ class Registry:
     def __init__(self, user: str = "", password: str = "") -> None:
         self.user, self.password = user, password
         self.folder = Path(tempfile.mkdtemp(prefix="registry-"))
-        self.port = _free_port()
+        self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         self._pushed: list[tuple[EngineApi, str]] = []
@@ -93,11 +97,18 @@ class Registry:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop the registry: its port refuses connections from now on."""
+        """Stop the registry, when it has logged what it was asked. Its port refuses connections from now on."""
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(10)
+            self._process.wait(20)
             self._process = None
+
+    def pulls(self) -> int:
+        """How often it was asked for a manifest. That is logged after the answer, but before the registry ends."""
+        self.stop()
+        log = (self.folder / "log").read_text()
+        self.start()
+        return len(re.findall(r'"(?:GET|HEAD) /v2/\S+/manifests/', log))
 
     def close(self) -> None:
         """Stop it and remove its folder, and from the engines the names that `push` gave."""
@@ -131,7 +142,7 @@ class Registry:
         configuration: dict[str, object] = {
             "version": 0.1,
             "storage": {"filesystem": {"rootdirectory": str(self.folder / "data")}, "delete": {"enabled": True}},
-            "http": {"addr": self.address},
+            "http": {"addr": self.address, "draintimeout": "10s"},
         }
         if self.user:
             hashed = bcrypt.hashpw(self.password.encode(), bcrypt.gensalt(4))
@@ -140,10 +151,19 @@ class Registry:
         return configuration
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+# Below those that the kernel gives away by itself, each process from a place of its own: who asks for a port binds it a
+# moment later, and nobody else may get it meanwhile.
+_PORTS = itertools.count(10_000 + os.getpid() * 97 % 20_000)
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at the moment."""
+    for port in _PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 def _accepts(port: int) -> bool:

@@ -24,7 +24,7 @@ SLEEP = {"entrypoint": "echo ready; sleep 100", "network": "none"}
 AT_ONCE_SECONDS = 3.0
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def many_descriptors() -> None:
     """This process opens as many connections as the daemon holds, and the daemon inherits its limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -104,6 +104,7 @@ def end(daemon: Daemon, run: str) -> None:
 # ---------------------------------------------------------------- Clients that wait
 
 
+@pytest.mark.alone("compares latencies")
 def test_control_routes_do_not_feel_300_waiting_clients(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-concurrent", "1")
     busy = lightrun.detach(**SLEEP)

@@ -234,7 +234,8 @@ def test_nothing_is_left_of_cancelled_runs(lightrun: Daemon, engine: docker.APIC
 
 
 def _volumes(engine: docker.APIClient) -> set[str]:
-    return {str(volume["Name"]) for volume in engine.volumes()["Volumes"] or ()}
+    """The volumes that are no container's."""
+    return {str(volume["Name"]) for volume in engine.volumes(filters={"dangling": True})["Volumes"] or ()}
 
 
 # ---------------------------------------------------------------- Nothing secret is told

@@ -204,6 +204,7 @@ def test_a_signal_ends_it_with_code_0(daemon: DaemonFactory, number: signal.Sign
     assert list(lightrun.temporary.iterdir()) == []
 
 
+@pytest.mark.alone("removes the network that all runs share")
 def test_two_daemons_share_the_network(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     with contextlib.suppress(docker.errors.APIError):  # in use by somebody else's run: then it is shared already
         engine.remove_network(NETWORK)

@@ -309,6 +309,7 @@ def test_depth_and_length_at_the_limit_and_one_over(lightrun: Daemon) -> None:
         assert lightrun.request("GET", f"/runs/{state['id']}/artifacts/{path}").body == b"fits\n"
 
 
+@pytest.mark.alone("looks at what is used of the disk")
 def test_bytes_at_the_limit_and_one_over(lightrun: Daemon) -> None:
     script = f"""mkdir a b c huge; echo first > huge/a; truncate -s 3G huge/b; truncate -s 3G sparse
         truncate -s {LIMIT - 1} c/most; truncate -s {LIMIT + 1} over; echo > a/1; echo > b/2; echo > b/3"""

@@ -41,6 +41,12 @@ def _version_of(python: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.strip()
 
 
+@pytest.fixture(scope="session")
+def pyz(built: Path) -> Path:
+    """The zip application as it is, which the daemons run here."""
+    return built
+
+
 @pytest.fixture
 def checkout(pyz: Path, tmp_path: Path) -> Path:
     """A copy of the sources, made long ago, with the wheels that building `pyz` has left in the cache."""
@@ -78,8 +84,11 @@ def test_version_and_help_on_every_python(pyz: Path, python: str) -> None:
 
 
 def test_a_run_on_every_python(daemon: DaemonFactory, python: str) -> None:
-    state = daemon(python=python).run(entrypoint="echo hello")
+    lightrun = daemon(python=python)
+    state = lightrun.run(entrypoint="echo hello")
     assert (state["status"], state["logs"]) == ("succeeded", ["hello"])
+    assert lightrun.stop() == 0
+    assert list(lightrun.temporary.iterdir()) == []
 
 
 def test_is_a_program_that_keeps_the_exit_code_of_main(pyz: Path) -> None:
