@@ -74,10 +74,11 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, ParamSpec, TypeVar
 
 __version__ = "0.1.0"
 log = logging.getLogger("lightrun")
+Result = TypeVar("Result")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Limits: every bound that is not an option
@@ -121,6 +122,7 @@ MAX_KILLS = 12  # until it is said that the container cannot be killed
 MAX_FAILED_KILLS = 2  # until a cancelled run's container is removed instead
 EXTRACT_SECONDS = 900  # for all that one run wants to keep
 INTERRUPT_SECONDS = 5  # for the ends of runs that are killed because lightrun goes down
+REMOVE_SECONDS = 15  # until the removal of a container is left to the keeper, and its run's place given back
 MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
 DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
@@ -1154,9 +1156,10 @@ class Store:
         if callback is not None:
             self._write_secret(f"{run.id}.callback", callback)
         with self._transaction(durable=True) as execute:
-            execute("UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ?", run.status, size, head, run.id)
-            execute("INSERT OR REPLACE INTO details VALUES (?, ?, ?)", run.id, tail, frames)
-            execute(WEIGH, size, 1)
+            end = "UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ? AND status = 'running'"
+            if execute(end, run.status, size, head, run.id).rowcount:  # not so when an earlier try was written after all
+                execute("INSERT INTO details VALUES (?, ?, ?)", run.id, tail, frames)
+                execute(WEIGH, size, 1)
         self._drop_secret(run.id)
 
     def owed(self) -> list[tuple[str, float, str]]:
@@ -1676,10 +1679,11 @@ NETWORK = "lightrun"
 NETWORK_OPTIONS = {"com.docker.network.bridge.enable_icc": "false"}
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
 GO_MODE_FOLDER, GO_MODE_LINK = 1 << 31, 1 << 27  # of Go's fs.FileMode, in X-Docker-Container-Path-Stat
-KEEPALIVE = {  # of a connection over TCP whose other side has gone without a word: noticed within a minute (tcp(7))
-    getattr(socket, name): value for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+TCP_OPTIONS = {  # a far side that has gone without a word is noticed within a minute (tcp(7))
+    getattr(socket, name): value
+    for name, value in (("TCP_NODELAY", 1), ("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
-}  # fmt: skip
+}
 GO_MODE_OTHER = 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19  # devices, pipes, sockets, anything else
 BOTH_STREAMS = {"stdout": 1, "stderr": 1}
 
@@ -1881,13 +1885,40 @@ class Reply:
         """A header's text, `""` when absent."""
         return self._response.headers.get(name, "")
 
-    def read(self, count: int) -> bytes:
-        """That many bytes of the body; fewer at its end."""
-        return self._response.read(count)
+    def json(self) -> Any:
+        """The body as JSON. Raises ValueError."""
+        with contextlib.closing(self):
+            return json.loads(self._response.read(MAX_ANSWER_BYTES))
 
-    def read1(self, count: int) -> bytes:
-        """What there is of the body, at most that many bytes; b"" at its end."""
-        return self._response.read1(count)
+    def nothing(self) -> None:
+        """Raises ValueError for a body where none is documented."""
+        with contextlib.closing(self):
+            if int(self.header("Content-Length") or 0) or self._response.read(1):
+                raise ValueError("a body")
+
+    def streamed(self, silence: float = ENGINE_SECONDS) -> Reply:
+        """The same as one whose body may take any time, if no piece takes longer than some seconds."""
+        self.wire.stream(silence)
+        return self
+
+    def read(self, count: int) -> bytes:
+        """That many bytes of the body; fewer at its end. Raises EngineAbsent."""
+        with translated("go on with its answer"):
+            return self._response.read(count)
+
+    def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
+        """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
+        EngineAbsent."""
+        with translated("go on with its answer"):
+            return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds) else None
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, piece by piece. Raises EngineAbsent."""
+        with contextlib.closing(self):
+            while piece := self.next():
+                yield piece
+            if piece is None:
+                raise EngineAbsent("the engine did not answer in time (to go on with its answer)")
 
     def close(self) -> None:
         """Let the connection go; an engine keeps a container busy with one that is forgotten."""
@@ -1895,29 +1926,23 @@ class Reply:
         self.wire.close()
 
 
-class Output:
-    """The output of one container as it comes, from the attach stream or from the engine's copy."""
+class Refused(Exception):
+    """The engine's own word that it does not do what it was asked to."""
 
-    def __init__(self, reply: Reply) -> None:
-        self._reply = reply
-        reply.wire.stream(ENGINE_SECONDS)
-
-    def read(self, wake: int, seconds: float) -> bytes | None:
-        """The next bytes; b"" at the end; None when `seconds` have passed or `wake` is readable."""
-        with translated("read the output"):
-            return self._reply.read1(READ_BYTES) if self._reply.wire.ready(wake, seconds) else None
-
-    def close(self) -> None:
-        """See Reply."""
-        self._reply.close()
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @contextlib.contextmanager
 def translated(action: str) -> Iterator[None]:
-    """Turn every failure on the way to the engine and back into EngineAbsent: a connection that breaks or is too slow, and
-    an answer that no engine would give, as a proxy before it may."""
+    """Turn every failure into an EngineError: the engine's refusals, and into EngineAbsent whatever goes wrong on the way to
+    it and back: a connection that breaks or is too slow, an answer that no engine would give, as a proxy before it may."""
     try:
         yield
+    except Refused as error:
+        kind = {404: EngineMissing, 409: EngineConflict}.get(error.status, EngineError)
+        raise kind(f"the engine cannot {action}: {error}") from error
     except TimeoutError as error:
         raise EngineAbsent(f"the engine did not answer in time (to {action})") from error
     except (OSError, http.client.HTTPException) as error:
@@ -1925,6 +1950,23 @@ def translated(action: str) -> Iterator[None]:
         raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not of the documented shape
         raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
+
+
+Parameters = ParamSpec("Parameters")
+
+
+def asks_to(action: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """A method that asks the engine to do something, with its failures translated."""
+
+    def decorate(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(method)
+        def ask(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+            with translated(action):
+                return method(*arguments, **options)
+
+        return ask
+
+    return decorate
 
 
 # -- where the engine is
@@ -2035,199 +2077,168 @@ def _tls(folder: Path, verify: bool, needed: bool = False) -> ssl.SSLContext:
     return context
 
 
-class _Shared(types.SimpleNamespace):
-    """What all views of one Engine share."""
-
-    api = ""  # the version of the engine's API, once known
-    network_ready = False
-
-
 class Engine:
     """The Docker Engine. Every method raises EngineError or one of its kinds, and nothing else. One connection for each
-    call: none is ever stale, and each can be dropped."""
+    call: none is ever stale, and each can be dropped. Source: docs.docker.com/reference/api/engine."""
 
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
-        self._shared = _Shared()
+        self._shared = types.SimpleNamespace(api="", network_ready=False)  # by all views; the API's version once it is known
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
 
-    def for_one(self, patience: Patience) -> Engine:
-        """The same engine for somebody who may be in a hurry."""
+    def for_one(self, patience: Patience | None) -> Engine:
+        """The same engine for somebody who may come to be in a hurry."""
         view = copy.copy(self)
         view._patience = patience
         return view
 
     def _connect(self, seconds: float) -> Wire:
-        if self._address.path:
-            sock = socket.socket(socket.AF_UNIX)
-            try:
+        with contextlib.ExitStack() as opened:
+            if self._address.path:
+                sock = opened.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
                 sock.settimeout(HEALTH_SECONDS)
                 sock.connect(self._address.path)
-            except BaseException:
-                sock.close()
-                raise
-            return Wire(sock, seconds, self._patience)
-        sock = socket.create_connection((str(self._address.host), int(self._address.port or 0)), HEALTH_SECONDS)
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for name, value in KEEPALIVE.items():
-                sock.setsockopt(socket.IPPROTO_TCP, name, value)
+            else:
+                address = str(self._address.host), int(self._address.port or 0)
+                sock = opened.enter_context(contextlib.closing(socket.create_connection(address, HEALTH_SECONDS)))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in TCP_OPTIONS.items():
+                    sock.setsockopt(socket.IPPROTO_TCP, name, value)
             if self._address.tls:
                 sock = self._address.tls.wrap_socket(sock, server_hostname=self._address.host)
-        except BaseException:
-            sock.close()
-            raise
-        return Wire(sock, seconds, self._patience)
+            opened.pop_all()
+            return Wire(sock, seconds, self._patience)
 
     def _call(
-        self, action: str, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
+        self, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
         body: bytes | dict[str, Any] | None = None, seconds: float = ENGINE_SECONDS, headers: Mapping[str, str] | None = None,
     ) -> Reply:  # fmt: skip
-        """Send a request; its answer, of which the head was read. The caller closes it."""
-        data = to_json(body) if isinstance(body, dict) else body
-        kind = {"Content-Type": JSON} if isinstance(body, dict) else {}
-        length = {} if data is None and method == "GET" else {"Content-Length": str(len(data or b""))}
-        lines = {"Host": "docker", "User-Agent": "lightrun", **kind, **length, **(headers or {})}
-        target = self._versioned(path) + (f"?{urllib.parse.urlencode(query)}" if query else "")
+        """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
+        connection and an answer of another kind raise."""
+        data = to_json(body) if isinstance(body, dict) else body or b""
+        lines = {"Host": "docker", "User-Agent": "lightrun", "Content-Type": JSON, "Content-Length": len(data), **(headers or {})}
+        target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
         head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
-        with translated(action), contextlib.ExitStack() as opened:
-            wire = self._connect(seconds)
-            opened.callback(wire.close)
+        with contextlib.ExitStack() as opened:
+            wire = opened.enter_context(contextlib.closing(self._connect(seconds)))
             with contextlib.suppress(ConnectionError):  # it may have answered before it took all
                 wire.send(head.encode())
-                wire.send(data or b"")
+                wire.send(data)
             response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
             response.begin()
             if response.status not in (expected or (200,)):
-                raise _refusal(action, response)
+                message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]  # which only an engine says like this
+                if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
+                    raise ValueError("not an engine's answer")
+                raise Refused(response.status, message)
             if response.headers.get_content_type() == "text/html":
                 raise ValueError("a page")
             opened.pop_all()
             return Reply(wire, response)
-        raise AssertionError  # for mypy, which cannot know that `translated` lets nothing pass
 
     def _versioned(self, path: str) -> str:
         if path != "/version" and not self._shared.api:
             self.version()
-        return urllib.parse.quote(path if path == "/version" else f"/v{self._shared.api}{path}", safe="/:@")
+        return path if path == "/version" else f"/v{self._shared.api}{path}"
 
-    def _json(self, action: str, method: str, path: str, *expected: int, **options: Any) -> Any:
-        """A call that is answered with JSON."""
-        with contextlib.closing(self._call(action, method, path, *expected, **options)) as reply, translated(action):
-            return json.loads(reply.read(MAX_ANSWER_BYTES))
-
-    def _do(self, action: str, method: str, path: str, *expected: int, **options: Any) -> None:
-        """A call whose success is answered with nothing."""
-        with contextlib.closing(self._call(action, method, path, *expected, **options)) as reply, translated(action):
-            if int(reply.header("Content-Length") or 0) or reply.read(1):
-                raise ValueError("a body where none is documented")
-
+    @asks_to("tell its version")
     def version(self) -> dict[str, str]:
         """Version and API version; the quick question whether the engine answers."""
-        about = self._json("tell its version", "GET", "/version", seconds=HEALTH_SECONDS)
-        with translated("tell its version"):
-            if not re.fullmatch(r"\d+\.\d+", about["ApiVersion"]):
-                raise ValueError("not a version")
-            self._shared.api = about["ApiVersion"]
-            return {"version": str(about["Version"]), "apiVersion": about["ApiVersion"]}
+        about = self._call("GET", "/version", seconds=HEALTH_SECONDS).json()
+        if not re.fullmatch(r"\d+\.\d+", about["ApiVersion"]):
+            raise ValueError("not a version")
+        self._shared.api = about["ApiVersion"]
+        return {"version": str(about["Version"]), "apiVersion": about["ApiVersion"]}
 
+    @asks_to("tell what it has")
     def check_limits(self) -> None:
         """Raises StartError for an option that this engine cannot give."""
-        about = self._json("tell what it has", "GET", "/info", seconds=HEALTH_SECONDS)
-        with translated("tell what it has"):
-            if self._settings.cpus > about["NCPU"]:
-                raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
-            if self._settings.memory > about["MemTotal"]:
-                raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
-            if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
-                raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
+        about = self._call("GET", "/info", seconds=HEALTH_SECONDS).json()
+        if self._settings.cpus > about["NCPU"]:
+            raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
+        if self._settings.memory > about["MemTotal"]:
+            raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
+        if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
+            raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
 
+    @asks_to("find the image")
     def image(self, reference: str) -> Image:
         """What is known of an image that is on the engine. Raises EngineMissing."""
-        about = self._json("find the image", "GET", f"/images/{reference}/json")
-        with translated("find the image"):
-            user = (about.get("Config") or {}).get("User", "").partition(":")[0]
-            return Image(str(about["Id"]), user in {"", "0", "root"})
+        about = self._call("GET", f"/images/{reference}/json").json()
+        user = (about.get("Config") or {}).get("User", "").partition(":")[0]
+        return Image(str(about["Id"]), user in {"", "0", "root"})
 
     def pull(self, reference: str, seconds: float) -> Generator[dict[str, Any], None, None]:
         """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
         `seconds` bounds a silence."""
-        repository, tag = split_reference(reference)
+        name, sign, digest = reference.partition("@")
+        repository, _, tag = (name, sign, digest) if sign else reference.rpartition(":")
         credentials = _credentials(repository)
-        action = "pull the image"
-        with contextlib.closing(self._call(
-            action, "POST", "/images/create", query={"fromImage": repository, "tag": tag},
-            headers={"X-Registry-Auth": credentials} if credentials else {},
-        )) as reply:  # fmt: skip
-            reply.wire.stream(seconds)
-            rest = b""
-            while piece := self._piece(action, reply):
+        with translated("pull the image"):
+            reply = self._call(
+                "POST", "/images/create", query={"fromImage": repository, "tag": tag}, seconds=seconds,
+                headers={"X-Registry-Auth": credentials} if credentials else {},
+            )  # fmt: skip
+        rest = b""
+        with contextlib.closing(reply.streamed(seconds)):
+            while piece := reply.next(seconds=seconds):
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in filter(bytes.strip, lines):
-                    with translated(action):
+                    with translated("pull the image"):
                         event = dict(json.loads(line))
                     if "error" in event:
-                        raise EngineError(f"the engine cannot {action}: {event['error']}")
+                        raise EngineError(f"the engine cannot pull the image: {event['error']}")
                     yield event
+            if piece is None:
+                raise EngineAbsent("the engine did not answer in time (to pull the image)")
 
-    @staticmethod
-    def _piece(action: str, reply: Reply) -> bytes:
-        with translated(action):
-            return reply.read1(READ_BYTES)
+    def _network_mode(self, name: str | None) -> str:
+        """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
+        if name is None:
+            return self._isolated_network()
+        if name != "none":
+            about = self._call("GET", f"/networks/{name}").json()
+            if about["Name"] != name or about["Driver"] in {"host", "null"}:
+                raise EngineMissing(f"there is no network named {name} that a run may use")
+        return name
 
-    def _ensure_network(self) -> str:
+    @asks_to("make the network")
+    def _isolated_network(self) -> str:
         """The isolated bridge, made when missing. Two daemons may make it at once, and older engines then have two."""
         while not self._network_lock.acquire(timeout=DISCONNECT_POLL_SECONDS):
             if self._patience and self._patience.deadline(0) < time.monotonic():
-                raise EngineAbsent("the engine did not answer in time (to make the network)")
+                raise TimeoutError
         try:
             if not self._shared.network_ready:
-                self._make_network()
+                about = {"Name": NETWORK, "Driver": "bridge", "Options": NETWORK_OPTIONS, "Labels": {LABEL_STATE: ""}}
+                if not self._networks():
+                    with contextlib.suppress(EngineConflict), translated("make the network"):
+                        self._call("POST", "/networks/create", 201, body={**about, "CheckDuplicate": True}).json()
+                first, *others = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
+                for other in others:
+                    with contextlib.suppress(EngineError), translated("remove a second network"):
+                        self._call("DELETE", f"/networks/{other['Id']}", 204).nothing()
+                options = first.get("Options") or {}
+                if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
+                    raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
                 self._shared.network_ready = True
         finally:
             self._network_lock.release()
         return NETWORK
 
-    def _make_network(self) -> None:
-        if not self._networks():
-            about = {"Name": NETWORK, "Driver": "bridge", "Options": NETWORK_OPTIONS, "CheckDuplicate": True}
-            with contextlib.suppress(EngineConflict):
-                self._json("make the network", "POST", "/networks/create", 201, body={**about, "Labels": {LABEL_STATE: ""}})
-        with translated("find the network"):
-            first, *others = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
-            for other in others:
-                with contextlib.suppress(EngineError):
-                    self._do("remove a second network", "DELETE", f"/networks/{other['Id']}", 204)
-            options = first.get("Options") or {}
-            isolated = all(options.get(name) == value for name, value in NETWORK_OPTIONS.items())
-            if first["Driver"] != "bridge" or not isolated:
-                raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
-
     def _networks(self) -> list[dict[str, Any]]:
-        found = self._json("find the network", "GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})})
-        with translated("find the network"):
-            return [network for network in found if network["Name"] == NETWORK]
+        found = self._call("GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})}).json()
+        return [network for network in found if network["Name"] == NETWORK]
 
     def forget_network(self) -> None:
         """Look for the isolated bridge again before its next use: it may have been pruned."""
         self._shared.network_ready = False
 
-    def _network_mode(self, name: str | None) -> str:
-        """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
-        if name is None:
-            return self._ensure_network()
-        if name != "none":
-            about = self._json("find the network", "GET", f"/networks/{name}")
-            with translated("find the network"):
-                if about["Name"] != name or about["Driver"] in {"host", "null"}:
-                    raise EngineMissing(f"there is no network named {name} that a run may use")
-        return name
-
+    @asks_to("create the container")
     def create(self, run_id: str, image: Image, request: RunRequest) -> str:
-        """Create a run's container with every hardening of SPEC 5; its id. Raises EngineConflict when it is there."""
+        """Create a run's container with every hardening of SPEC 5; its id."""
         config = {
             "Image": image.id,
             "Env": [f"{name}={value}" for name, value in request.env.items()],
@@ -2240,10 +2251,13 @@ class Engine:
         }
         if request.command is not None:
             config |= {"Entrypoint": request.command, "Cmd": []}
-        name = {"name": container_name(run_id)}
-        made = self._json("create the container", "POST", "/containers/create", 201, query=name, body=config)
-        with translated("create the container"):
-            return str(made["Id"])
+        query = {"name": container_name(run_id)}
+        try:
+            return str(self._call("POST", "/containers/create", 201, query=query, body=config).json()["Id"])
+        except Refused as error:
+            if error.status == 409:  # an earlier try's has come to be after all
+                raise EngineAbsent("the engine is still at an earlier try to create the container") from error
+            raise
 
     def _host_config(self, request: RunRequest) -> dict[str, Any]:
         copy_bytes = COPY_FACTOR * self._settings.log_limit
@@ -2263,111 +2277,104 @@ class Engine:
             **({"Runtime": self._settings.runtime} if self._settings.runtime else {}),
         }
 
+    @asks_to("put the files")
     def put(self, container: str, tar: bytes) -> None:
         """Unpack a tar at the root of a container that has not been started."""
         path, headers = f"/containers/{container}/archive", {"Content-Type": TAR}
-        self._do("put the files", "PUT", path, query={"path": "/"}, body=tar, headers=headers)
+        self._call("PUT", path, query={"path": "/"}, body=tar, headers=headers).nothing()
 
-    def attach(self, container: str) -> Output:
-        """The container's output from now on."""
-        query = {"stream": 1, **BOTH_STREAMS}
-        return Output(self._call("attach", "POST", f"/containers/{container}/attach", query=query))
+    @asks_to("attach")
+    def attach(self, container: str) -> Reply:
+        """The container's output from now on, as frames cut anywhere."""
+        return self._call("POST", f"/containers/{container}/attach", query={"stream": 1, **BOTH_STREAMS}).streamed()
 
-    def kept_output(self, container: str, follow: bool) -> Output:
+    @asks_to("read the log")
+    def kept_output(self, container: str, follow: bool) -> Reply:
         """The engine's own copy of the output from its beginning; to follow, until the container has exited."""
         query = {"follow": int(follow), **BOTH_STREAMS}
-        return Output(self._call("read the log", "GET", f"/containers/{container}/logs", query=query))
+        return self._call("GET", f"/containers/{container}/logs", query=query).streamed()
 
+    @asks_to("attach stdin")
     def open_stdin(self, container: str) -> Reply:
         """A connection to the container's stdin; the end of it is the end of file. A program that does not read makes it
         wait as long as it runs."""
-        upgrade = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        path = f"/containers/{container}/attach"
-        patient = copy.copy(self)
-        patient._patience = None
-        reply = patient._call("attach stdin", "POST", path, 101, 200, query={"stream": 1, "stdin": 1}, headers=upgrade)
-        reply.wire.stream(math.inf)
-        return reply
+        path, query = f"/containers/{container}/attach", {"stream": 1, "stdin": 1}
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        return self.for_one(None)._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf)
 
+    @asks_to("start the container")
     def start(self, container: str) -> None:
         """Start the container; to say it twice is harmless while it runs."""
-        self._do("start the container", "POST", f"/containers/{container}/start", 204, 304)
+        self._call("POST", f"/containers/{container}/start", 204, 304).nothing()
 
+    @asks_to("inspect the container")
     def inspect(self, container: str) -> ContainerState:
         """The engine's word on a container, by id or name. Raises EngineMissing."""
-        action = "inspect the container"
-        with contextlib.closing(self._call(action, "GET", f"/containers/{container}/json")) as reply, translated(action):
-            about, date = json.loads(reply.read(MAX_ANSWER_BYTES)), reply.header("Date")
-            told = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
-            state = about["State"]
-            started, finished = (
-                None if state[name].startswith("0001-") else parse_timestamp(state[name]) for name in ("StartedAt", "FinishedAt")
-            )
-            running, oom_killed, exit_code = state["Running"], state["OOMKilled"], state["ExitCode"]
-            if not (isinstance(running, bool) and isinstance(exit_code, int)):
-                raise ValueError("not a state")
-            return ContainerState(str(about["Image"]), running, started, finished, exit_code, bool(oom_killed), told)
+        reply = self._call("GET", f"/containers/{container}/json")
+        about = reply.json()
+        state, date = about["State"], reply.header("Date")
+        started, finished = (
+            None if state[name].startswith("0001-") else parse_timestamp(state[name]) for name in ("StartedAt", "FinishedAt")
+        )
+        if not isinstance(state["Running"], bool) or not isinstance(state["ExitCode"], int):
+            raise ValueError("not a state")
+        told = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+        return ContainerState(
+            str(about["Image"]), state["Running"], started, finished, state["ExitCode"], bool(state["OOMKilled"]), told
+        )
 
+    @asks_to("wait for the container")
     def wait(self, container: str, wake: int, seconds: float) -> None:
         """Return when the container has exited, `seconds` have passed or `wake` is readable: look then."""
-        path = f"/containers/{container}/wait"
-        seconds = max(0.001, min(seconds, ENGINE_SECONDS))
-        with contextlib.suppress(EngineAbsent), contextlib.closing(self._call("wait", "POST", path, seconds=seconds)) as reply:
+        with (
+            contextlib.suppress(TimeoutError),
+            contextlib.closing(self._call("POST", f"/containers/{container}/wait", seconds=seconds)) as reply,
+        ):
             reply.wire.ready(wake, seconds)
 
+    @asks_to("send a signal")
     def kill(self, container: str, signal_name: str) -> bool:
         """Send a signal; whether the container was there to take it."""
         try:
-            self._do("send a signal", "POST", f"/containers/{container}/kill", 204, query={"signal": signal_name})
-        except (EngineMissing, EngineConflict):
+            self._call("POST", f"/containers/{container}/kill", 204, query={"signal": signal_name}).nothing()
+        except Refused as error:
+            if error.status not in {404, 409}:
+                raise
             return False
         return True
 
+    @asks_to("tell its events")
     def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
         """Whether the engine sent the container a signal between two times of its own clock; it remembers its last events."""
         number = str(signal.Signals[signal_name].value)
         filters = json.dumps({"container": [container], "event": ["kill"]})
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
-        action = "tell its events"
-        with contextlib.closing(self._call(action, "GET", "/events", query=query)) as reply, translated(action):
-            events = [json.loads(line) for line in reply.read(MAX_ANSWER_BYTES).splitlines()]
-            return any(event["Actor"]["Attributes"]["signal"] == number for event in events)
+        events = b"".join(self._call("GET", "/events", query=query).pieces()).splitlines()
+        return any(json.loads(event)["Actor"]["Attributes"]["signal"] == number for event in events)
 
-    @contextlib.contextmanager
-    def archive(self, container: str, path: str) -> Iterator[tuple[ArchiveStream, int]]:
+    @asks_to("copy out")
+    def archive(self, container: str, path: str) -> tuple[Reply, int]:
         """A path of an exited container as a tar stream, and its Go file mode. Raises EngineMissing."""
-        reply = self._call("copy out", "GET", f"/containers/{container}/archive", query={"path": path})
-        with contextlib.closing(reply):
-            with translated("copy out"):
-                mode = int(json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))["mode"])
-            yield ArchiveStream(reply), mode
+        reply = self._call("GET", f"/containers/{container}/archive", query={"path": path}).streamed()
+        return reply, int(json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))["mode"])
 
+    @asks_to("remove the container")
     def remove(self, container: str) -> None:
         """Remove a container, running or not, with its anonymous volumes; gone already is as good."""
-        with contextlib.suppress(EngineMissing):
-            self._do("remove the container", "DELETE", f"/containers/{container}", 204, query={"v": 1, "force": 1})
+        try:
+            self._call("DELETE", f"/containers/{container}", 204, query={"v": 1, "force": 1}, seconds=REMOVE_SECONDS).nothing()
+        except Refused as error:
+            if error.status != 404:
+                raise
 
+    @asks_to("list the containers")
     def containers(self) -> list[tuple[str, str]]:
         """Id and run id of every container of this state dir."""
         query = {"all": 1, "filters": json.dumps({"label": [f"{LABEL_STATE}={self._state_id}"]})}
-        found = self._json("list the containers", "GET", "/containers/json", query=query)
-        with translated("list the containers"):
-            runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
+        found = self._call("GET", "/containers/json", query=query).json()
+        runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
         # An image can carry any label, and somebody else may run it; but the name is ours alone.
         return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
-
-
-class ArchiveStream:
-    """The tar that the engine sends, as a file to be read once."""
-
-    def __init__(self, reply: Reply) -> None:
-        self._reply = reply
-        reply.wire.stream(ENGINE_SECONDS)
-
-    def read(self, count: int) -> bytes:
-        """That many bytes, fewer at the end. Raises EngineAbsent."""
-        with translated("copy out"):
-            return self._reply.read(count)
 
 
 def container_name(run_id: str) -> str:
@@ -2375,39 +2382,21 @@ def container_name(run_id: str) -> str:
     return f"lightrun-{run_id}"
 
 
-def _refusal(action: str, response: http.client.HTTPResponse) -> EngineError:
-    """What a status that does not mean success means. An engine says why in JSON; anything else is not the engine."""
-    message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]
-    if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
-        raise ValueError("not the engine")
-    kind = {404: EngineMissing, 409: EngineConflict}.get(response.status, EngineError)
-    return kind(f"the engine cannot {action}: {message}")
-
-
-def split_reference(reference: str) -> tuple[str, str]:
-    """Repository and tag or digest of a reference that is written out."""
-    if "@" in reference:
-        repository, _, digest = reference.partition("@")
-        return repository, digest
-    repository, _, tag = reference.rpartition(":")
-    return repository, tag
-
-
 def _credentials(repository: str) -> str | None:
     """X-Registry-Auth for a registry, from the daemon user's Docker configuration; none when that cannot be read, since a
     public image needs none. The log names what failed, and no secret."""
     import docker.auth
-    import docker.errors
 
     registry, _ = docker.auth.resolve_repository_name(repository)
+    where = "the Docker configuration"
     try:
         configuration = docker.auth.load_config()
+        if helper := configuration.get_credential_store(registry):
+            where = f"docker-credential-{helper}"
         found = configuration.resolve_authconfig(registry)
         return docker.auth.encode_header(found).decode() if found else None
-    except (docker.errors.DockerException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        with contextlib.suppress(Exception):
-            helper = f" of docker-credential-{configuration.get_credential_store(registry)}"
-        log.warning("pulls from %s without the credentials%s, which cannot be had (%s)", registry, helper, type(error).__name__)
+    except Exception as error:  # whatever a helper or a file of somebody else's may bring about
+        log.warning("no credentials for %s: %s cannot be used (%s)", registry, where, type(error).__name__)
         return None
 
 
@@ -2750,7 +2739,7 @@ class Job:
         self.starting: tuple[float, float] | None = None  # between when it was started, by the run's clock
         self.shift = 0.0  # seconds from the engine's clock to the run's
         self.hearing = Hearing.NOTHING
-        self.output: Output | None = None
+        self.output: Reply | None = None
         self.listen_at, self.deaf_seconds = 0.0, FIRST_LOOK_SECONDS  # when the engine's copy is tried again, and the pause after
         self.in_doubt = False  # the container may have ended while no engine took its output
         self.killing = Killing()
@@ -2790,7 +2779,7 @@ class Job:
         """Whether nobody wants what the run leaves."""
         return self.asked is not None and self.asked.reason != "stopped"
 
-    def hear(self, hearing: Hearing, output: Output | None = None) -> None:
+    def hear(self, hearing: Hearing, output: Reply | None = None) -> None:
         """Go on to another state of the output, with another stream or none. Of the engine's copy the log skips what it has."""
         if hearing not in HEARD_NEXT[self.hearing]:
             raise AssertionError(f"{self.hearing} → {hearing}")
@@ -2987,8 +2976,6 @@ class Pulls:
 # Runner: one run as one line
 # --------------------------------------------------------------------------------------------------------------------
 
-Result = TypeVar("Result")
-
 
 class Runner:
     """Sees every run to its end: one line for each, which can be entered where an earlier try or daemon left it."""
@@ -3138,7 +3125,11 @@ class Runner:
         except Exception:
             log.exception("run %s", job.run.id)
             ending = {"reason": "engine_error", "error": "lightrun failed; its log says how"}
-        self._record(job, ending)
+        try:
+            self._record(job, ending)
+        except Exception:
+            log.exception("run %s", job.run.id)
+            self._record(job, {"reason": "engine_error", "error": "lightrun failed; its log says how"})
         try:
             self._engine.remove(job.container)
         except EngineError as error:
@@ -3221,7 +3212,7 @@ class Runner:
             job.hear(Hearing.LIVE, engine.attach(job.container))
             job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
-        self._insist(job, lambda: self._store.begin(job.run.id))
+        self._insist(job, lambda: self._store.begin(job.run.id), job.check)
         job.begun, sent = True, job.now()
         engine.start(job.container)
         job.starting = sent, job.now()
@@ -3289,9 +3280,10 @@ class Runner:
         except EngineError as error:
             raise RunEnds("pull_failed", str(error)) from error
 
-    def _insist(self, job: Job, write: Callable[[], None]) -> None:
+    def _insist(self, job: Job, write: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
         """Write to the store, again and again while its disk is full."""
         while True:
+            check()
             try:
                 return write()
             except (Unavailable, StorageUncertain) as error:
@@ -3306,27 +3298,31 @@ class Runner:
         if job.run.phase != "running":
             job.enter("running")
         pause = FIRST_LOOK_SECONDS
-        look_at = time.monotonic() + (pause if job.starting else 0)
+        look_at = time.monotonic() + (pause if job.starting and job.run.started is None else 0)
         while True:
             job.patience.heard()
             if job.killing.due(job.asked):
                 self._kill(job, engine)
-                pause = FIRST_LOOK_SECONDS
-                look_at = time.monotonic() + pause
+                pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
             if time.monotonic() >= look_at or job.hearing is Hearing.ENDED:
                 state = self._look(job, engine)
                 if not state.running:
                     return self._hear_out(job, engine, state)
-                pause = min(2 * pause, LOOK_SECONDS)
+                self._starve(job)
+                pause = min(2 * pause, LOOK_SECONDS if job.starved is None else 1)
                 look_at = time.monotonic() + pause
-                if job.starved is not None and job.now() > job.starved + FIRST_LOOK_SECONDS:
-                    job.ask(Ask("engine_error"))
                 if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited
-                    engine.wait(job.container, job.patience.wake, pause)
-                    job.hear(Hearing.COPY)
-            if job.starved is not None and not job.asked:
-                look_at = min(look_at, time.monotonic() + 2 * FIRST_LOOK_SECONDS)
+                    self._lose(job)
+            waits = job.output is None
             self._listen(job, engine, min(look_at, job.killing.at) - time.monotonic())
+            if waits or job.starved is not None:
+                look_at = min(look_at, time.monotonic() + FIRST_LOOK_SECONDS)
+
+    @staticmethod
+    def _starve(job: Job) -> None:
+        """End a run that goes on although the connection that carried its stdin broke: it may take that for the end of file."""
+        if job.starved is not None and job.now() > job.starved + 1:
+            job.ask(Ask("engine_error"))
 
     def _look(self, job: Job, engine: Engine) -> ContainerState:
         """The container's state. What the engine refuses ends no run that has begun: it counts as an absence."""
@@ -3360,21 +3356,19 @@ class Runner:
         job.log.nudge()
 
     def _listen(self, job: Job, engine: Engine, seconds: float) -> bool:
-        """Take the next piece of the output, if one comes in time. Whatever ends or breaks is followed by the engine's copy;
-        that this cannot be had either shows when somebody looks."""
-        if job.output is None and time.monotonic() >= job.listen_at:
-            try:
-                job.hear(Hearing.COPY, engine.kept_output(job.container, follow=True))
-            except EngineError:
-                self._lose(job)
-        if job.output is None:
-            engine.wait(job.container, job.patience.wake, min(seconds, job.listen_at - time.monotonic()))
-            return False
+        """Take the next piece of the output; false when none comes in time, or when there is nothing to listen to for now.
+        Whatever ends or breaks is followed by the engine's copy; that this cannot be had either shows when somebody looks."""
         try:
-            data = job.output.read(job.patience.wake, seconds)
-        except EngineAbsent:
+            if job.output is None:
+                if time.monotonic() < job.listen_at:
+                    engine.wait(job.container, job.patience.wake, max(0.001, min(seconds, job.listen_at - time.monotonic())))
+                    return False
+                job.hear(Hearing.COPY, engine.kept_output(job.container, follow=True))
+                return True
+            data = job.output.next(job.patience.wake, seconds)
+        except EngineError:
             self._lose(job)
-            return True
+            return False
         if data:
             job.log.feed(data)
         elif data is not None:
@@ -3385,6 +3379,7 @@ class Runner:
     def _lose(job: Job) -> None:
         """What carried the output broke: read the engine's copy, after a pause if that was it."""
         if job.hearing is not Hearing.LIVE:
+            job.patience.sleep(FIRST_LOOK_SECONDS)
             job.listen_at = time.monotonic() + job.deaf_seconds
             job.deaf_seconds = min(2 * job.deaf_seconds, LOOK_SECONDS)
         job.hear(Hearing.COPY)
@@ -3395,6 +3390,7 @@ class Runner:
         for _ in range(2):
             late = time.monotonic() + ENGINE_SECONDS
             while job.hearing is not Hearing.ENDED and time.monotonic() < late:
+                job.patience.heard()
                 if not self._listen(job, engine, QUIET_SECONDS):
                     break
             if job.hearing is Hearing.LIVE:
@@ -3455,17 +3451,10 @@ class Runner:
     def _complete_log(self, job: Job, engine: Engine) -> None:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
 
-        def pieces() -> Iterator[bytes]:
-            with contextlib.closing(engine.kept_output(job.container, follow=False)) as output:
-                while piece := output.read(-1, ENGINE_SECONDS):
-                    yield piece
-                if piece is None:
-                    raise EngineAbsent("the engine did not answer in time (to read the log)")
-
         whole = True
         if job.hearing is not Hearing.ENDED or job.log.resumed:
             try:
-                self._persist(job, lambda: job.log.replace(pieces()))
+                self._persist(job, lambda: job.log.replace(engine.kept_output(job.container, follow=False).pieces()))
             except EngineError as error:
                 log.warning("run %s: %s", job.run.id, error)
                 whole = False
@@ -3492,15 +3481,14 @@ class Runner:
             return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path in job.request.extract]}
         return {"artifacts": extraction.artifacts, "extracted": extracted}
 
-    def _keep(
-        self, job: Job, engine: Engine, extraction: Extraction, path: str, check: Callable[[], None]
-    ) -> dict[str, Any]:
+    def _keep(self, job: Job, engine: Engine, extraction: Extraction, path: str, check: Callable[[], None]) -> dict[str, Any]:
         """One entry of `extract`."""
         absolute = clean_path(posixpath.join(job.request.workdir, path))
 
         def copy_out() -> dict[str, Any]:
             check()
-            with engine.archive(job.container, absolute) as (tar, mode):
+            tar, mode = engine.archive(job.container, absolute)
+            with contextlib.closing(tar):
                 if mode & GO_MODE_LINK:
                     raise ArtifactError("is a link")
                 if mode & GO_MODE_OTHER:
@@ -3868,7 +3856,7 @@ def file_answer(call: Call, file: IO[bytes], name: str) -> Answer:
 
 def content_disposition(name: str) -> str:
     """`attachment` with a name of any characters: RFC 6266 with RFC 8187, and an ASCII one for old clients."""
-    plain = re.sub(r'[^ !#-\[\]-~]|%', "_", name)
+    plain = re.sub(r"[^ !#-\[\]-~]|%", "_", name)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
 
 
