@@ -103,9 +103,13 @@ MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute 
 COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; with 1 MiB extraction took twice as long
 
 READ_BYTES = 256 * KIB  # one read of the attach stream
+MAX_FRAME_BYTES = GIB  # an engine's frames have some 32 KiB; one that says more is garbled
 LINE_BYTES = 16 * KIB  # longer lines come in pieces, in a live run
-MAX_SPOOL_BYTES = GIB  # how far the slowest follower of a log may fall behind before all of them are cut off
-COPY_FACTOR = 4  # the engine's own copy of a log, which only recovery reads, to what we keep
+MAX_BEHIND_BYTES = GIB  # how far a follower of a log may fall behind before it is cut off
+TAIL_BYTES = 4 * KIB  # of a log, by which the end of another copy of it is known
+SEGMENT_BYTES = 64 * MIB  # of a log's followers: the unit in which the disk gets back what all have read
+COPY_FACTOR = 4  # the engine's own copy of a log, which only recovery reads, to what we keep of each stream
+ENTRY_BYTES = 32  # what that copy spends on a line beside its bytes, at most
 PING_SECONDS = 15  # of silence in a live run
 ENGINE_SECONDS = 60  # one engine call, or a silence in one that streams; an engine that is slower counts as absent
 HEALTH_SECONDS = 2  # the same for /health, and for a connection
@@ -343,7 +347,7 @@ class Settings:
     max_artifacts_bytes: int = option(_bytes(0), 20 * GIB, "bytes of artifacts, logs and records kept", "20 GiB")
     keep: int = option(_integer(1, 10**9), 100_000, "finished runs kept")
     extract_limit: int = option(_bytes(0), GIB, "bytes of artifacts that one run may keep", "1 GiB")
-    log_limit: int = option(_bytes(KIB, 100 * MIB), MIB, "log bytes kept of one run, the newest", "1 MiB")
+    log_limit: int = option(_bytes(KIB, 100 * MIB), MIB, "log bytes kept of each stream of one run, the newest", "1 MiB")
     max_concurrent: int = option(
         _integer(1, 10_000), max(16, 4 * (os.cpu_count() or 1)), "containers at a time", "max(16, 4 x CPUs)"
     )
@@ -1251,13 +1255,43 @@ STREAMS = {1: "stdout", 2: "stderr"}
 FRAME = struct.Struct(">BxxxL")  # stream and length: Engine API, "Attach to a container", stream format
 
 
-def frames(data: bytes | bytearray) -> Iterator[tuple[int, bytes]]:
+class FrameReader:
+    """Reads a text of frames that comes in pieces cut anywhere. It holds no more than a header: a payload goes on as it
+    comes, in pieces of its own, however long its frame says that it is."""
+
+    def __init__(self) -> None:
+        self._header, self._stream, self._left = b"", 0, 0
+        self.garbled = False  # from some byte on it is no text of frames; the rest is dropped
+        self.weight = 0  # bytes that an engine spends at most on its copy of these frames
+
+    @property
+    def cut(self) -> bool:
+        """Whether the text so far is not a number of whole frames."""
+        return bool(self._header or self._left or self.garbled)
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, memoryview]]:
+        """The (stream, payload) pairs of a piece; a stream may be one that nobody knows."""
+        data = self._header + data
+        view, at, end, stream, left = memoryview(data), 0, len(data), self._stream, self._left
+        while at < end and not self.garbled:
+            if left:
+                payload = view[at : at + left]
+                at += len(payload)
+                left -= len(payload)
+                yield stream, payload
+            elif end - at < FRAME.size:
+                break
+            else:
+                stream, left = FRAME.unpack_from(data, at)
+                self.garbled = data[at + 1 : at + 4] != b"\0\0\0" or left > MAX_FRAME_BYTES
+                self.weight += ENTRY_BYTES + left
+                at += FRAME.size
+        self._header, self._stream, self._left = b"" if self.garbled else data[at:], stream, left
+
+
+def frames(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The (stream, payload) pairs of a text of whole frames."""
-    offset = 0
-    while offset < len(data):
-        stream, length = FRAME.unpack_from(data, offset)
-        yield stream, bytes(data[offset + FRAME.size : offset + FRAME.size + length])
-        offset += FRAME.size + length
+    return ((stream, bytes(payload)) for stream, payload in FrameReader().feed(data) if stream in STREAMS)
 
 
 def raw_log(data: bytes, stream: str | None = None) -> bytes:
@@ -1277,116 +1311,79 @@ def last_lines(data: bytes, count: int | None) -> bytes:
     return data[start:]
 
 
+class Lines:
+    """Assembles lines, each from its own stream."""
+
+    def __init__(self) -> None:
+        self.rest = {stream: bytearray() for stream in STREAMS}  # what has no end yet
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, list[bytes]]]:
+        """For each frame of a text of whole ones, its stream and the lines that it completes."""
+        for stream, payload in frames(data):
+            *lines, last = payload.split(b"\n")
+            if lines:
+                lines[0] = bytes(self.rest[stream]) + lines[0]
+                self.rest[stream].clear()
+            self.rest[stream] += last
+            yield stream, lines
+
+
 def log_lines(data: bytes) -> list[str]:
-    """The lines of a log, each assembled from its own stream, in the order in which they were complete."""
-    lines: list[bytes] = []
-    rest: dict[int, list[bytes]] = {1: [], 2: []}  # pieces, since joining at each one would take quadratic time
-    for stream, payload in frames(data):
-        first, *others = payload.split(b"\n")
-        rest[stream].append(first)
-        for piece in others:
-            lines.append(b"".join(rest[stream]))
-            rest[stream] = [piece]
-    lines += filter(None, map(b"".join, rest.values()))
+    """The lines of a log in the order in which they were complete."""
+    assembler = Lines()
+    lines = [line for _, lines in assembler.feed(data) for line in lines]
+    lines += [bytes(rest) for rest in assembler.rest.values() if rest]
     return [line.decode(errors="replace") for line in lines]
-
-
-def whole_frames(data: bytes | bytearray) -> int:
-    """How many of these bytes, of a text of frames cut anywhere, are whole frames."""
-    end = 0
-    while len(data) - end >= FRAME.size:
-        after = end + FRAME.size + FRAME.unpack_from(data, end)[1]
-        if after > len(data):
-            break
-        end = after
-    return end
 
 
 class LineEvents:
     """Turns frames into the log events of a live run: lines by stream, long ones in pieces."""
 
     def __init__(self) -> None:
-        self._rest = {1: b"", 2: b""}
+        self._lines = Lines()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The events of some whole frames."""
-        for stream, payload in frames(data):
-            *lines, rest = (self._rest[stream] + payload).split(b"\n")
+        for stream, lines in self._lines.feed(data):
             for line in lines:
                 *pieces, last = _pieces(line)
                 yield from (self._event(stream, piece, partial=True) for piece in pieces)
                 yield self._event(stream, last)
-            *pieces, self._rest[stream] = _pieces(rest)
+            *pieces, self._lines.rest[stream] = _pieces(self._lines.rest[stream])
             yield from (self._event(stream, piece, partial=True) for piece in pieces)
 
     def end(self) -> Iterator[dict[str, Any]]:
         """The events of lines without an end."""
-        return (self._event(stream, rest) for stream, rest in self._rest.items() if rest)
+        return (self._event(stream, rest) for stream, rest in self._lines.rest.items() if rest)
 
     @staticmethod
-    def _event(stream: int, line: bytes, **more: bool) -> dict[str, Any]:
+    def _event(stream: int, line: bytes | bytearray, **more: bool) -> dict[str, Any]:
         return {"event": "log", "stream": STREAMS[stream], "line": line.decode(errors="replace"), **more}
 
 
-def _pieces(line: bytes) -> list[bytes]:
+def _pieces(line: bytes | bytearray) -> list[Any]:
     """A line in pieces of at most LINE_BYTES, none of which ends within a character."""
-    pieces = []
-    while len(line) > LINE_BYTES:
-        cut = next((at for at in range(LINE_BYTES, LINE_BYTES - 4, -1) if line[at] & 0xC0 != 0x80), LINE_BYTES)
-        pieces.append(line[:cut])
-        line = line[cut:]
-    return [*pieces, line]
+    pieces, start = [], 0
+    while len(line) - start > LINE_BYTES:
+        end = start + LINE_BYTES
+        end = next((at for at in range(end, end - 4, -1) if line[at] & 0xC0 != 0x80), end)
+        pieces.append(line[start:end])
+        start = end
+    return [*pieces, line[start:]]
 
 
-class Log:
-    """The newest `limit` payload bytes of a run, as one text of frames: 9 bytes for each kept one at the very worst, and
-    what is stored is what is kept. Written by one thread, read by any. While somebody follows, what arrives also goes to
-    a temporary file, so that a follower may be slow without holding up the program or filling the memory."""
+class Kept:
+    """The newest `limit` payload bytes of each stream as one text of frames, in the order in which they were read. Plain
+    bytes: with the headers 9 for each kept one at the very worst, and twice as many between two trims."""
 
-    def __init__(self, limit: int, folder: Path) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self.resumed = False
-        self._skip: dict[int, int] = {}
-        self._taken = {1: 0, 2: 0}
-        self._changed = threading.Condition()  # guards all below
         self._data = bytearray()  # whole frames; neighbours of one stream are merged
         self._last = 0  # where the last frame begins
-        self._payload = 0
-        self._partial = b""  # of a frame still being received
-        self._followers = 0
-        self._spool: IO[bytes] | None = None
-        self._spooled = 0
-        self._ended = False
-        self.truncated = False
+        self._payload = dict.fromkeys(STREAMS, 0)
 
-    def feed(self, data: bytes) -> None:
-        """Take a piece of the attach stream, cut anywhere."""
-        pending = self._partial + data
-        end = whole_frames(pending)
-        whole, self._partial = pending[:end], pending[end:]
-        if whole:
-            with self._changed:
-                offset = 0
-                while offset < end:
-                    stream, length = FRAME.unpack_from(whole, offset)
-                    offset += FRAME.size
-                    gone = min(self._skip.get(stream, 0), length)
-                    if gone:
-                        self._skip[stream] -= gone
-                    if stream in STREAMS and gone < length:
-                        self._append(stream, memoryview(whole)[offset + gone : offset + length])
-                        self._taken[stream] += length - gone
-                        self.resumed = self.resumed or self._copying
-                    offset += length
-                self._to_followers(whole)
-
-    _copying = False
-
-    def resume(self) -> None:
-        """Temporary."""
-        self._skip, self._partial, self._copying = dict(self._taken), b"", True
-
-    def _append(self, stream: int, payload: memoryview) -> None:
+    def append(self, stream: int, payload: memoryview) -> None:
+        """Add some bytes of a stream."""
         if self._data and self._data[self._last] == stream:
             length = FRAME.unpack_from(self._data, self._last)[1] + len(payload)
         else:
@@ -1394,57 +1391,184 @@ class Log:
             self._data += bytes(FRAME.size)
         FRAME.pack_into(self._data, self._last, stream, length)
         self._data += payload
-        self._payload += len(payload)
-        if self._payload > 2 * self._limit:  # in large steps, since each moves what is kept
+        self._payload[stream] += len(payload)
+        if self._payload[stream] > 2 * self._limit:  # in large steps, since each moves what is kept
             self._trim()
 
     def _trim(self) -> None:
-        """Drop the oldest payload over the limit; a frame that is cut keeps its header."""
-        excess = self._payload - self._limit
-        if excess <= 0:
-            return
-        self.truncated = True
-        self._payload -= excess
-        cut = 0
-        while excess:
-            stream, length = FRAME.unpack_from(self._data, cut)
-            dropped = min(length, excess)
-            excess -= dropped
-            cut += dropped if dropped < length else FRAME.size + length
-        del self._data[:cut]
-        self._last = max(0, self._last - cut)
-        if dropped < length:
-            FRAME.pack_into(self._data, 0, stream, length - dropped)
+        """Drop the oldest payload over the limit. What is passed on the way and stays is then one frame of the other
+        stream, so that no frame is passed twice."""
+        excess = {stream: max(0, count - self._limit) for stream, count in self._payload.items()}
+        passed, at = Kept(self._limit), 0
+        with memoryview(self._data) as data:
+            while any(excess.values()):
+                stream, length = FRAME.unpack_from(data, at)
+                dropped = min(length, excess[stream])
+                excess[stream] -= dropped
+                self._payload[stream] -= dropped
+                if dropped < length:
+                    passed.append(stream, data[at + FRAME.size + dropped : at + FRAME.size + length])
+                at += FRAME.size + length
+        self._last = passed._last if at > self._last else self._last - at + len(passed._data)
+        self._data[:at] = passed._data
 
-    def _to_followers(self, whole: bytes) -> None:
-        if self._spool:
+    def text(self) -> bytes:
+        """What is kept, as whole frames."""
+        self._trim()
+        return bytes(self._data)
+
+
+class Spool:
+    """What followers have yet to read, in files without a name; each goes when all have read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._segments: dict[int, IO[bytes]] = {}
+        self.end = 0  # bytes that were ever written
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError."""
+        while data:
+            number, at = divmod(self.end, SEGMENT_BYTES)
+            if number not in self._segments:
+                self._segments[number] = tempfile.TemporaryFile(buffering=0, dir=self.folder)  # noqa: SIM115
+            count = os.pwrite(self._segments[number].fileno(), data[: SEGMENT_BYTES - at], at)
+            self.end, data = self.end + count, data[count:]
+
+    def read(self, start: int) -> bytes:
+        """Some of what stands from `start` on, b"" at the end. Raises OSError."""
+        number, at = divmod(start, SEGMENT_BYTES)
+        return os.pread(self._segments[number].fileno(), READ_BYTES, at) if start < self.end else b""
+
+    def forget(self, start: int) -> None:
+        """Give back what stands before `start`."""
+        for number in [number for number in self._segments if (number + 1) * SEGMENT_BYTES <= start]:
+            self._segments.pop(number).close()
+
+
+class LogGap(Exception):
+    """A follower fell too far behind, or something of the log is missing."""
+
+
+class Log:
+    """The output of a run: what is kept of it, and what followers have yet to read, so that one may be slow without holding
+    up the program or filling the memory. Written by one thread, read by any.
+
+    It comes from the attach stream and then from the engine's own copy, which tells all from the beginning: what was taken
+    is skipped, and whatever comes after that was missed. The copy is in two files of COPY_FACTOR times the limit; one that
+    weighs less than a file is whole."""
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self._limit = limit
+        self._changed = threading.Condition()  # guards all below
+        self._reader = FrameReader()
+        self._kept = Kept(limit)
+        self._taken = dict.fromkeys(STREAMS, 0)  # payload bytes of each stream
+        self._known = dict.fromkeys(STREAMS, 0)  # of these, how many the engine's copy has yet to repeat
+        self._expected = dict.fromkeys(STREAMS, b"")  # what is kept of these
+        self._repeated = dict.fromkeys(STREAMS, b"")  # the end of what it has repeated
+        self._copying, self._agrees, self._news = False, True, False  # whether what comes is the copy, never differed, told more
+        self._spool = Spool(folder)
+        self._followers: dict[object, int] = {}  # how far each has read
+        self._ended = False
+        self.truncated = False
+
+    @property
+    def cut(self) -> bool:
+        """Whether what was fed ends within a frame or is garbled, so that some is missing if no more comes."""
+        return self._reader.cut
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece of the output, cut anywhere. What can't be understood is dropped, and `truncated` says so."""
+        with self._changed:
+            fresh: list[bytes | memoryview] = []
+            for stream, payload in self._reader.feed(data):
+                if stream not in STREAMS:  # 0 is stdin, 3 an error of the engine
+                    self._gap()
+                    continue
+                if self._copying and not (payload := self._unknown(stream, payload)):
+                    continue
+                self._kept.append(stream, payload)
+                self._taken[stream] += len(payload)
+                if self._followers:
+                    fresh += FRAME.pack(stream, len(payload)), payload
+            if self._reader.garbled or (self._news and (self._rotated or not self._agrees)):
+                self._gap()
+            self.truncated = self.truncated or max(self._taken.values()) > self._limit
+            self._tell(b"".join(fresh))
+
+    @property
+    def _rotated(self) -> bool:
+        """Whether the engine's copy may have lost its beginning."""
+        return self._copying and self._reader.weight > (COPY_FACTOR - 1) * self._limit
+
+    @property
+    def missed(self) -> bool:
+        """Whether the engine's copy told something that the stream before it did not: more, or another end of a copy that
+        may lack its beginning. That it has less is no sign: some engines lose the end of a long line."""
+        ends = (self._expected[stream].endswith(repeated) for stream, repeated in self._repeated.items())
+        return self._news or (self._rotated and not all(ends))
+
+    def _unknown(self, stream: int, piece: memoryview) -> memoryview:
+        """What of a piece of the engine's copy was not taken before."""
+        expected, count = self._expected[stream], min(len(piece), self._known[stream])
+        at = len(expected) - self._known[stream]  # negative for what is no longer kept
+        self._agrees = self._agrees and expected[max(0, at) : max(0, at + count)] == piece[max(0, -at) : count]
+        self._known[stream] -= count
+        self._repeated[stream] = (self._repeated[stream] + piece[max(0, count - TAIL_BYTES) : count])[-TAIL_BYTES:]
+        self._news = self._news or count < len(piece)
+        return piece[count:]
+
+    def _gap(self) -> None:
+        self.truncated = True
+        self._followers.clear()
+        self._forget()
+
+    def _tell(self, data: bytes) -> None:
+        if self._followers:
             try:
-                if self._spooled + len(whole) > MAX_SPOOL_BYTES:
-                    raise OSError("too far behind")
-                self._spool.write(whole)
-                self._spool.flush()
-                self._spooled += len(whole)
-            except OSError as error:  # its followers are cut off: better than a log with a hole
-                log.warning("followers of a log are cut off: %s", error)
-                self._close_spool()
+                self._spool.write(data)
+            except OSError as error:  # better than a log with a hole
+                log.warning("followers of a log are cut off: %s", error.strerror)
+                self._followers.clear()
+            oldest = self._spool.end - MAX_BEHIND_BYTES
+            self._followers = {each: read for each, read in self._followers.items() if read >= oldest}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give back what nobody has yet to read, and wake all."""
+        self._spool.forget(min(self._followers.values(), default=self._spool.end + SEGMENT_BYTES))
         self._changed.notify_all()
 
-    def replace(self, pieces: Iterable[bytes]) -> None:
-        """Take the engine's copy for all that was kept; followers go on with what comes. The copy has room for COPY_FACTOR
-        times the limit and spends up to 28 bytes on a line, so that one that is longer than the limit may have rotated."""
-        copy, copied = Log(self._limit, Path()), 0
-        for piece in pieces:
-            copy.feed(piece)
-            copied += len(piece)
+    def resume(self) -> None:
+        """What comes now is the engine's copy from its beginning. As much as was taken is skipped, and compared with what is
+        still kept; when it differs, and tells more, followers are cut off, since there may be a hole."""
         with self._changed:
-            self._data, self._last, self._payload = copy._data, copy._last, copy._payload
-            self._partial, self.truncated = b"", copy.truncated or copied > self._limit
+            kept = self.frames()
+            self._known, self._repeated = dict(self._taken), dict.fromkeys(STREAMS, b"")
+            self._expected = {number: raw_log(kept, name) for number, name in STREAMS.items()}
+            self._reader, self._copying = FrameReader(), True
+
+    def replace(self, pieces: Iterable[bytes]) -> None:
+        """Take the engine's whole copy for all that was kept, unless it is whole and has less; followers get what they did
+        not have."""
+        copy = Log(self._limit, self._spool.folder)
+        copy.resume()
+        self.resume()
+        for piece in pieces:
+            self.feed(piece)
+            copy.feed(piece)
+        with self._changed:
+            if any(self._known.values()) and not copy._rotated:
+                self._gap()
+            else:
+                self.truncated = copy.truncated or copy.cut or copy._rotated or not self._agrees
+                self._kept, self._taken = copy._kept, copy._taken
 
     def frames(self) -> bytes:
         """What is kept."""
         with self._changed:
-            self._trim()
-            return bytes(self._data)
+            return self._kept.text()
 
     def nudge(self, ended: bool = False) -> None:
         """Wake followers for news of another kind, or for the end of the log."""
@@ -1454,42 +1578,34 @@ class Log:
 
     def follow(self) -> Generator[bytes, None, None]:
         """What is kept, then all that comes, as whole frames; b"" now and then, and when nudged. Raises LogGap."""
-        with self._changed:
-            self._followers += 1
-            if self._spool is None:
-                self._spool, self._spooled = tempfile.TemporaryFile(), 0  # noqa: SIM115  # closed below
-            kept, spool, offset, rest = self.frames(), self._spool, self._spooled, b""
+        follower, reader = object(), FrameReader()
         try:
-            yield kept
-            while True:
-                with self._changed:
-                    if offset == self._spooled and not self._ended:
-                        self._changed.wait(DISCONNECT_POLL_SECONDS)
-                    if self._spool is not spool:
-                        raise LogGap
-                    data, ended = os.pread(spool.fileno(), READ_BYTES, offset), self._ended
-                if not data and ended:
-                    return
-                offset += len(data)
-                pending = rest + data
-                end = whole_frames(pending)
-                rest = pending[end:]
-                yield pending[:end]
+            yield self._join(follower)
+            while (data := self._read(follower)) is not None:
+                yield b"".join(FRAME.pack(stream, len(payload)) + payload for stream, payload in reader.feed(data))
+        except OSError as error:
+            raise LogGap from error
         finally:
             with self._changed:
-                self._followers -= 1
-                if not self._followers:
-                    self._close_spool()
+                self._followers.pop(follower, None)
+                self._forget()
 
-    def _close_spool(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._spool:
-                self._spool.close()
-        self._spool = None
+    def _join(self, follower: object) -> bytes:
+        with self._changed:
+            self._followers[follower] = self._spool.end
+            return self.frames()
 
-
-class LogGap(Exception):
-    """A follower fell too far behind."""
+    def _read(self, follower: object) -> bytes | None:
+        """What comes next for a follower, None at the end. Raises LogGap, OSError."""
+        with self._changed:
+            if self._followers.get(follower) == self._spool.end and not self._ended:
+                self._changed.wait(DISCONNECT_POLL_SECONDS)
+            if follower not in self._followers:
+                raise LogGap
+            data = self._spool.read(self._followers[follower])
+            self._followers[follower] += len(data)
+            self._spool.forget(min(self._followers.values()))
+            return data if data or not self._ended else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2726,8 +2842,8 @@ HEARD_NEXT = {
 class Job:
     """A run in progress: its record, its request, its log, what is heard of its container, and what is asked of it."""
 
-    def __init__(self, run: Run, request: RunRequest, log: Log) -> None:
-        self.run, self.request, self.log = run, request, log
+    def __init__(self, run: Run, request: RunRequest, settings: Settings) -> None:
+        self.run, self.request, self.log = run, request, Log(settings.log_limit, settings.state_dir)
         self.done = threading.Event()
         self.container = container_name(run.id)
         self.clients = 0  # that wait for the end; guarded by the runner's lock
@@ -3017,7 +3133,7 @@ class Runner:
         run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
         self._places.take()
         try:
-            job = self._job(run, request)
+            job = Job(run, request, self._settings)
             try:
                 self._store.add(run, key, digest, None if waited else request.pack())
             except BaseException:
@@ -3033,16 +3149,13 @@ class Runner:
         self._places.enqueue(job)
         return run.id
 
-    def _job(self, run: Run, request: RunRequest) -> Job:
-        return Job(run, request, Log(self._settings.log_limit, self._settings.state_dir))
-
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
         in their order."""
         for head, waited, begun, fed, asked in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
             packed = self._store.request(run.id)  # a waiting client's is not stored
-            job = self._job(run, RunRequest.unpack(packed, run.image))
+            job = Job(run, RunRequest.unpack(packed, run.image), self._settings)
             job.take_up(bool(begun), bool(fed))
             if ask := Ask.parse(asked) or self._refusal(job, packed):
                 job.ask(ask)
@@ -3452,7 +3565,7 @@ class Runner:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
 
         whole = True
-        if job.hearing is not Hearing.ENDED or job.log.resumed:
+        if job.hearing is not Hearing.ENDED or job.log.missed:
             try:
                 self._persist(job, lambda: job.log.replace(engine.kept_output(job.container, follow=False).pieces()))
             except EngineError as error:
@@ -3891,7 +4004,7 @@ def openapi(settings: Settings) -> dict[str, Any]:
         "Artifact": artifact,
         "Artifacts": {"type": "array", "items": {"$ref": reference + "Artifact"}},
         "Accepted": _object("id status url", id=text, status={"enum": STATUSES}, url=text),
-        "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "ping", "finished"]}),
+        "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
         "Health": _object("status docker version runs", status={"enum": ["ok", "unavailable"]}, version=text, runs=numbers),
         "Error": _object("error", error=text, message=text, details={"type": "array", "items": problem}),
         "Bytes": {"type": "string", "contentMediaType": "application/octet-stream"},
@@ -4068,18 +4181,36 @@ class Api:
     def _events(self, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
         """The events of a run, with an empty one now and then."""
         yield {"event": "accepted", "id": run_id}
-        lines, progress, started = LineEvents(), None, False
-        for kept in job.log.follow() if job else [self._kept(run_id)]:
+        lines, progress, started, gap = LineEvents(), None, False, False
+        for kept in self._followed(job) if job else [self._kept(run_id)]:
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
             if not started and (job is None or job.run.started):
                 started = True
                 yield {"event": "started"}
-            yield from lines.feed(kept)
+            if kept is None and not gap:
+                yield from lines.end()
+                yield {"event": "gap"}
+                lines = LineEvents()
+            gap = kept is None or (gap and not kept)
+            yield from lines.feed(kept or b"")
             yield {}
         yield from lines.end()
         yield {"event": "finished", "run": job.state() if job else self._state(run_id)}
+
+    @staticmethod
+    def _followed(job: Job) -> Iterator[bytes | None]:
+        """What is kept of a log and all that comes; None where something is missing."""
+        followed = job.log.follow()
+        while True:
+            try:
+                yield from followed
+                return
+            except LogGap:
+                yield None
+                followed = job.log.follow()
+                next(followed)  # what is kept was told, but for the gap
 
     def runs(self, call: Call) -> Answer:
         """GET /runs"""

@@ -7,10 +7,12 @@ import contextlib
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import random
 import socket
+import subprocess
 import tarfile
 import threading
 import time
@@ -454,6 +456,58 @@ def test_a_live_flood_costs_little_memory_and_loses_nothing(daemon: DaemonFactor
         logs = [event["line"] for event in events if event["event"] == "log"]
     assert logs == BLOCK.splitlines() * 10 + ["last"]
     assert watchman.risen < 60 * MIB
+
+
+FALL_BEHIND = "MAX_BEHIND_BYTES = lightrun.SEGMENT_BYTES = 4 << 20"
+
+
+def test_a_follower_that_is_too_slow_is_cut_off_with_an_error_and_the_others_are_not(
+    daemon: DaemonFactory, tmp_path: Path
+) -> None:
+    lightrun = patched(daemon, tmp_path, FALL_BEHIND)
+    run = lightrun.detach(**FLOOD)
+    with ThreadPoolExecutor() as pool, lightrun.open("GET", f"/runs/{run}/logs?follow=true") as stuck:
+        quick = [pool.submit(log_bytes, lightrun, run, "?follow=true") for _ in range(2)]
+        assert [hashlib.sha256(each.result()).digest() for each in quick] == [hashlib.sha256(FLOODED).digest()] * 2
+        assert lightrun.wait(run)["reason"] == "exited"
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            stuck.read()
+
+
+def test_a_live_client_that_is_too_slow_gets_a_gap_and_its_run_goes_on(daemon: DaemonFactory, tmp_path: Path) -> None:
+    lightrun = patched(daemon, tmp_path, FALL_BEHIND)
+    with live(lightrun, f"{FLOOD['entrypoint']}; sleep 5; echo after", files=FLOOD["files"]) as events:
+        run = next(events)["id"]
+        assert eventually(lambda: lightrun.state(run)["logs"][-1:] == ["last"], timeout=60)
+        told = list(events)
+    assert (told[-1]["run"]["status"], told[-1]["run"]["reason"]) == ("succeeded", "exited")
+    assert told[-2]["line"] == "after"
+    parts = [list(part) for gap, part in itertools.groupby(told[1:-2], lambda event: event["event"] == "gap") if not gap]
+    assert len(parts) > 1, "there was no gap"
+    for part in parts:  # each without a hole, but for the lines that were cut
+        numbers = [int(event["line"][:-1]) for event in part[1:-1] if event["event"] == "log" and event["line"] != "last"]
+        assert numbers == [(numbers[0] + count) % 10_000 for count in range(len(numbers))]
+
+
+def test_a_disk_that_fills_cuts_followers_off_and_not_the_run(daemon: DaemonFactory) -> None:
+    lightrun = daemon(start=False)
+    lightrun.state_dir.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(lightrun.state_dir)], check=True)
+    try:
+        lightrun.start()
+        with live(lightrun, f"{FLOOD['entrypoint']}; sleep 5; echo after", files=FLOOD["files"]) as events:
+            run = next(events)["id"]
+            with lightrun.open("GET", f"/runs/{run}/logs?follow=true") as stuck:
+                assert eventually(lambda: lightrun.state(run)["logs"][-1:] == ["last"], timeout=60)
+                told = list(events)
+                with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+                    stuck.read()
+        assert "gap" in {event["event"] for event in told}
+        assert (told[-2].get("line"), told[-1]["run"]["reason"]) == ("after", "exited")
+        lightrun.stop()
+    finally:
+        lightrun.kill()
+        subprocess.run(["umount", str(lightrun.state_dir)], check=True)
 
 
 # ---------------------------------------------------------------- ?wait
