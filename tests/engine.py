@@ -431,6 +431,7 @@ class PrivateEngine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "TMPDIR": str(self.folder)},  # containerd leaves its stacks there when it is killed
             )
         _wait(self.api.alive, lambda: process.poll() is not None, "the private dockerd", lambda: self.log()[-2000:])
 

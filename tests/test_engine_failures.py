@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
-from conftest import Daemon, DaemonFactory, eventually
+from conftest import HELD, Daemon, DaemonFactory, eventually, release
 from engine import IMAGE, PrivateEngine
 
 AT_ONCE = 0.5  # seconds for what must not wait for the engine
@@ -101,9 +102,9 @@ def is_fine(lightrun: Daemon) -> None:
 def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -> None:
     """Away for a while: running containers go on, the queue waits, and nothing new is taken."""
     lightrun = daemon("--docker-host", live.host, "--max-concurrent", "2")
-    script = "cat; sleep 3; echo meanwhile; sleep {}; echo end; echo kept > x"
-    long = started(lightrun, "in", entrypoint=script.format(AWAY_SECONDS + 4), stdin="in\n", extract=["x"])
-    short = started(lightrun, "in", entrypoint=script.format(2), stdin="in\n", extract=["x"])
+    script = "cat; sleep 3; echo meanwhile; {}; echo end; echo kept > x"
+    long = started(lightrun, "in", entrypoint=script.format(HELD), stdin="in\n", extract=["x"])
+    short = started(lightrun, "in", entrypoint=script.format("sleep 2"), stdin="in\n", extract=["x"])
     queued = lightrun.detach(network="none", entrypoint="echo queued")
     live.stop()
     began = time.monotonic()
@@ -114,6 +115,8 @@ def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -
     eventually(lambda: False, AWAY_SECONDS - (time.monotonic() - began))
     assert {lightrun.state(run)["status"] for run in (long, short, queued)} == {"running"}
     live.start()
+    with contextlib.closing(docker.APIClient(live.host, version="auto")) as client:
+        release(client, long)
     for run in (long, short):
         state = lightrun.wait(run)
         assert (state["reason"], state["exitCode"]) == ("exited", 0)

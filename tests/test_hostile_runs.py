@@ -65,6 +65,7 @@ def outcome(state: dict[str, Any]) -> tuple[str, str, int | None]:
 # ---------------------------------------------------------------- Processes
 
 
+@pytest.mark.alone("would spoil what others measure")
 def test_a_process_bomb_hurts_nobody_else(lightrun: Daemon, engine: docker.APIClient) -> None:
     # What cannot fork ends, and so makes room for what can: this stays at the limit.
     bomb = "b() { b | b; b; }; (while :; do (b); done) 2> /dev/null & exec sleep 100"
@@ -78,6 +79,7 @@ def test_a_process_bomb_hurts_nobody_else(lightrun: Daemon, engine: docker.APICl
     assert eventually(lambda: not lightrun.containers())
 
 
+@pytest.mark.alone("must write enough in its time")
 def test_tiny_pieces_of_two_streams_cost_no_memory(daemon: DaemonFactory) -> None:
     lightrun = daemon("--log-limit", "256k")
     lightrun.run(entrypoint="echo warm; echo up >&2")

@@ -189,7 +189,7 @@ def test_stalled_connections_do_no_harm(daemon: DaemonFactory, count: int, sent:
     run = lightrun.run(entrypoint="true", network="none")["id"]
     before = process.num_fds()
     with connections(lightrun, count, sent) as opened:
-        assert eventually(lambda: process.num_fds() >= count)
+        assert eventually(lambda: process.num_fds() >= count, 60)
         assert_control_routes_answer(lightrun, run)
         assert lightrun.run(entrypoint="true", network="none")["status"] == "succeeded"
         if not sent:

@@ -1,4 +1,4 @@
-"""README's commands, run as they stand there, but for the address. A comment `<!-- run -->` marks them."""
+"""README's commands, run as they stand there, but for the address and the patience. A comment `<!-- run -->` marks them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def _shell(script: str, folder: Path, *arguments: str) -> str:
 
 
 def _outputs(started: Daemon, folder: Path) -> list[list[str]]:
-    """The lines that each block has written. They run in one shell, as the page says, and so share its variables."""
-    blocks = [block.replace("localhost:3000", f"localhost:{started.port}") for block in _blocks("run")]
-    out = _shell("echo; echo NEXT\n".join(blocks), folder)
+    """The lines that each block has written. They run in one shell, as the page says, and so share its variables.
+
+    Two seconds may be little for a container on a busy machine.
+    """
+    script = "echo; echo NEXT\n".join(_blocks("run")).replace("localhost:3000", f"localhost:{started.port}")
+    out = _shell(script.replace("timeout 2 ", "timeout 5 "), folder)
     return [[line for line in part.splitlines() if line] for part in out.split("NEXT\n")]
 
 
