@@ -359,7 +359,7 @@ def measure_runs(bench: Bench) -> list[Row]:
         in_turn(1, calls)
         for warm in kept.values():
             warm.clear()
-        took = in_turn(bench.pick(2, 30), calls)
+        took = in_turn(bench.pick(1, 30), calls)
     rows = []
     for name, transport in itertools.product(requests, ("tcp", "unix")):
         what, ours = f"{name} run, {transport}", took[f"{name} {transport}"]
@@ -405,7 +405,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
         return functools.partial(opened.enter_context(bench.tcp.client()).run, PLAIN)
 
     for clients in (1, 8) if bench.short else (1, 2, 4, 8, 16):
-        runs = bench.pick(8, max(16, 2 * clients))
+        runs = bench.pick(max(4, clients), max(16, 2 * clients))
         failed = {"lightrun": 0, "docker": 0}
 
         def lightrun_runs(clients: int = clients, runs: int = runs, failed: dict[str, int] = failed) -> float:
@@ -432,7 +432,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
 def measure_own_cost(bench: Bench) -> list[Row]:
     """What lightrun adds to a run: CPU, and the time that the run's own timings do not account for."""
     cpu, bare_cpu, outside = 0.0, 0.0, []
-    rounds = bench.pick(4, 50)
+    rounds = bench.pick(2, 50)
     plain = bench.request(PLAIN)
     with bench.tcp.client() as client:
         client.run(PLAIN)
@@ -455,7 +455,7 @@ def measure_own_cost(bench: Bench) -> list[Row]:
 
 def measure_memory(bench: Bench) -> list[Row]:
     """What an idle daemon holds, and one with many running containers."""
-    count = bench.pick(50, 100)
+    count = bench.pick(16, 100)
     daemon = bench.daemon("--max-concurrent", str(count), "--queue", "100")
     idle = daemon.holds()
     with daemon.client() as client:
@@ -487,7 +487,7 @@ def measure_memory(bench: Bench) -> list[Row]:
 
 def _followers(bench: Bench, daemon: Daemon, run_id: str) -> list[Row]:
     """What many followers of one log add."""
-    count = bench.pick(20, 100)
+    count = bench.pick(10, 100)
     before = daemon.holds()
     with contextlib.ExitStack() as opened:
         for _ in range(count):
@@ -541,7 +541,7 @@ def fill(state_dir: Path, count: int) -> list[str]:
 
 def measure_stored(bench: Bench) -> list[Row]:
     """State, list and health with many stored runs against few."""
-    few, many = 100, bench.pick(20_000, 100_000)
+    few, many = 100, bench.pick(5_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
 
     def ask(client: Client, paths: Sequence[str]) -> float:
@@ -569,7 +569,7 @@ def measure_stored(bench: Bench) -> list[Row]:
 
 def measure_eviction(bench: Bench) -> list[Row]:
     """The eviction of one run, and the look that finds nothing to do, with many stored files against few."""
-    few, many = 10, bench.pick(10_000, 100_000)
+    few, many = 10, bench.pick(3_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
     with contextlib.ExitStack() as opened:
         for count in (few, many):
@@ -659,7 +659,7 @@ def serve_plainly(file: str, listener: str) -> None:
 
 def measure_artifacts(bench: Bench) -> list[Row]:
     """Extraction against `docker cp`; the download of an artifact against a plain file server on the same kind of socket."""
-    size = bench.pick(64, 400) * MIB
+    size = bench.pick(32, 400) * MIB
     command = ["dd", "if=/dev/zero", "of=/app/big", "bs=1M", f"count={size // MIB}"]
     rounds = bench.pick(2, 5)
     rows = []
@@ -720,7 +720,7 @@ def _downloads(
         server.download(buffer)
         daemon.forget_peak()
         before = daemon.memory()
-        rates = in_turn(bench.pick(5, 15), {
+        rates = in_turn(bench.pick(3, 15), {
             "lightrun": lambda: rate(size, from_daemon),
             "plain": lambda: rate(size, lambda: check(server.download(buffer))),
         })  # fmt: skip
@@ -748,13 +748,13 @@ def measure_upload(bench: Bench) -> list[Row]:
         for transport, daemon, client in (("tcp", bench.tcp, tcp), ("unix", bench.unix, unix)):
             with plain_listener(daemon.folder, daemon.unix) as listener, PlainServer(Path(os.devnull), listener) as server:
                 server.upload(refused)
-                rates = in_turn(bench.pick(5, 20), {
+                rates = in_turn(bench.pick(3, 20), {
                     "lightrun": functools.partial(rate, len(refused), functools.partial(send, client)),
                     "plain": functools.partial(rate, len(refused), functools.partial(server.upload, refused)),
                 })  # fmt: skip
             what = f"upload taken and checked, {transport}"
             rows.append(compare(what, rates["lightrun"], "plain copy", rates["plain"], "MB/s"))
-        runs = in_turn(bench.pick(2, 15), {
+        runs = in_turn(bench.pick(1, 15), {
             "lightrun": lambda: bench.run(bench.tcp, tcp, large), "bare": lambda: bench.bare_run(parsed)[0],
         })  # fmt: skip
     rows.append(compare("run with a file of 9 MiB in and out, tcp", runs["lightrun"], "bare calls", runs["bare"]))
@@ -776,9 +776,9 @@ def measure_start(bench: Bench) -> list[Row]:
     def bare_python() -> float:
         return milliseconds(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
 
-    rounds = bench.pick(5, 20)
+    rounds = bench.pick(3, 20)
     took = in_turn(rounds, {"version": lambda: milliseconds(version), "python": bare_python})
-    answers = [first_answer() for _ in range(bench.pick(2, 10))]
+    answers = [first_answer() for _ in range(bench.pick(1, 10))]
     return [
         compare("--version", took["version"], "python -c ''", took["python"], bar="≤ 100 ms"),
         Row("first answer from the zip", statistics.median(answers), "ms", bar="≤ 1,000 ms"),
@@ -844,7 +844,7 @@ def build(folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and print what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer rounds and smaller numbers: about a minute")
+    parser.add_argument("--short", action="store_true", help="fewer rounds and smaller numbers: half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file too")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="NAME",
                         help=f"only these measurements: {', '.join(MEASUREMENTS)}")  # fmt: skip

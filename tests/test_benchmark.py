@@ -1,4 +1,5 @@
-"""The short form of tests/benchmark.py, for its table and to see that it works. No absolute time is judged."""
+"""The short form of tests/benchmark.py, for its table and to see that it works. No absolute time is judged:
+other tests run beside it."""
 
 from __future__ import annotations
 
