@@ -30,7 +30,7 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 @pytest.fixture(scope="module")
 def api(module_daemon: DaemonFactory) -> Daemon:
     """A daemon with its defaults."""
-    return module_daemon()
+    return module_daemon().offline()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def small(module_daemon: DaemonFactory) -> Daemon:
     return module_daemon(
         "--max-concurrent", "1", "--queue", "1", "--log-limit", "1k", "--extract-limit", "1000", "--body-limit", "64k",
         "--memory", "64m", "--cpus", "0.5", "--pids", "50", "--allow-image", "docker.io/lightrun/*",
-    )  # fmt: skip
+    ).offline()  # fmt: skip
 
 
 def get(daemon: Daemon, path: str, **headers: str) -> Response:
