@@ -12,6 +12,7 @@ from conftest import ROOT
 CHECKED = ("lightrun.py", "build_zipapp.py", "tests")
 
 
+@pytest.mark.timeout(600)  # mypy takes its time on a machine that has no cache yet
 @pytest.mark.parametrize(
     "tool", [("ruff", "check", "--quiet"), ("mypy", "--no-error-summary")], ids=lambda tool: tool[0]
 )
