@@ -1,0 +1,290 @@
+"""Whatever the engine does at whatever call, and whatever its clock says: the fault matrix, and single faults looked at closely.
+
+The matrix here is a sample, of another seed with `LIGHTRUN_FAULT_SEED=7`; `python3 tests/faults.py --all` is every cell.
+"""
+
+from __future__ import annotations
+
+import datetime
+import http.client
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import docker
+import psutil
+import pytest
+
+import faults
+from conftest import Daemon, DaemonFactory, eventually
+from engine import IMAGE, EngineApi, UnixConnection
+from faults import Proxy
+from images import Registry, remove_image
+
+SEED = int(os.environ.get("LIGHTRUN_FAULT_SEED", "0"))
+Proxied = Callable[..., tuple[Daemon, Proxy]]
+NDJSON = {"Accept": "application/x-ndjson"}
+END_SECONDS = 20.0  # for what has to notice a fault first
+HEARD_SECONDS = 5.5
+PATIENT_SECONDS = 8.0
+
+
+@pytest.fixture
+def proxies() -> Iterator[list[Proxy]]:
+    """The proxies of a test, which outlive its daemons."""
+    made: list[Proxy] = []
+    yield made
+    for proxy in made:
+        proxy.close()
+
+
+@pytest.fixture
+def proxied(proxies: list[Proxy], daemon: DaemonFactory) -> Iterator[Proxied]:
+    """A function that starts daemons, each behind a proxy of its own; what still is broken at the end is mended first."""
+
+    def make(*options: str) -> tuple[Daemon, Proxy]:
+        proxies.append(Proxy())
+        lightrun = daemon("--docker-host", proxies[-1].host, *options, start=False, socket=True)
+        return faults.lowered(lightrun).start(), proxies[-1]
+
+    yield make
+    for proxy in proxies:
+        proxy.mend()
+
+
+def detach(lightrun: Daemon, script: str, **fields: Any) -> str:
+    """A detached run that needs no network."""
+    return lightrun.detach(entrypoint=script, network="none", **fields)
+
+
+def moment(state: dict[str, Any], name: str) -> float:
+    """A time of a state, in seconds."""
+    return datetime.datetime.fromisoformat(state[name].replace("Z", "+00:00")).timestamp()
+
+
+# ---------------------------------------------------------------- The matrix
+
+
+@pytest.mark.timeout(400)
+def test_sample_of_the_matrix(engine: docker.APIClient) -> None:
+    failures = faults.run_cells(engine, faults.sample(faults.all_cells(), SEED), 4)
+    assert not failures, "\n".join(sorted(failures))
+
+
+@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
+def test_the_proxy_injects_what_it_says(engine: docker.APIClient, tcp: bool) -> None:
+    proxy = Proxy(tcp)
+
+    def seen(point: str = "", fault: str = "", times: int = 1) -> Any:
+        """Status and JSON that a client gets, or the error."""
+        if fault:
+            proxy.inject("version", point, fault, times)
+        host, port = proxy.host.removeprefix("tcp://"), None
+        connection = http.client.HTTPConnection(host, port, timeout=1) if tcp else UnixConnection(host[7:], 1)
+        try:
+            connection.request("GET", "/version")
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())["Version"]
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            return type(error)
+        except (TypeError, LookupError):
+            return "shape"
+        finally:
+            connection.close()
+
+    try:
+        fine = seen()
+        assert fine == (200, EngineApi().version())
+        for point in ("before", "after"):
+            assert seen(point, "close") is http.client.RemoteDisconnected
+            assert seen(point, "reset") is ConnectionResetError
+            assert seen(point, "silent") is seen(point, "hang") is TimeoutError
+            assert seen(point, "garbage") is http.client.BadStatusLine
+            assert {seen(point, fault) for fault in ("html", "cut", "502", "odd")} == {json.JSONDecodeError}
+            assert seen(point, "shape") == "shape"
+        assert seen("mid", "close") is http.client.IncompleteRead
+        assert seen("mid", "reset") is ConnectionResetError
+        assert seen("mid", "silent") is seen("mid", "hang") is TimeoutError
+        began = time.monotonic()
+        assert seen("mid", "trickle") == fine
+        assert time.monotonic() - began > 2
+        assert proxy.count("version") == 1 + 2 * 10 + 5
+        proxy.mend()
+        assert seen() == fine
+        proxy.inject("any", "before", "refuse")
+        assert seen() is ConnectionRefusedError
+        proxy.mend()
+        assert seen() == fine
+    finally:
+        proxy.close()
+
+
+# ---------------------------------------------------------------- Output
+
+
+@pytest.mark.parametrize("how", ["end", "reset"])
+def test_output_that_ends_early(proxied: Proxied, how: str) -> None:
+    """The log is whole all the same; who follows it gets all of it, or an error that cannot be overlooked."""
+    lightrun, proxy = proxied("--max-concurrent", "2")
+    lines = [f"line {number}" for number in range(8)]
+    script = "i=0; while [ $i -lt 8 ]; do echo line $i; echo err $i >&2; sleep 0.3; i=$((i+1)); done; exit 3"
+    proxy.inject("attach", "mid", how, times=2, after=100)
+
+    def read(opened: Any) -> tuple[list[bytes], bool]:
+        """The lines of an answer, and whether it seems to be all."""
+        got: list[bytes] = []
+        try:
+            with opened as response:
+                while line := response.readline():
+                    got.append(line)
+        except (OSError, http.client.HTTPException):
+            return got, False
+        return got, True
+
+    body = {"image": IMAGE, "entrypoint": script, "network": "none"}
+    with ThreadPoolExecutor(1) as pool:
+        live = pool.submit(read, lightrun.open("POST", "/run", json=body, headers=NDJSON))
+        run = detach(lightrun, script)
+        lightrun.wait_for(run, lambda state: state["logs"])
+        raw, whole = read(lightrun.open("GET", f"/runs/{run}/logs?follow=true&stream=stdout"))
+    text, wanted = b"".join(raw).decode(), "".join(f"{line}\n" for line in lines)
+    assert text == wanted if whole else wanted.startswith(text)
+    events = [json.loads(line) for line in live.result()[0]]
+    for stream, each in (("stdout", lines), ("stderr", [f"err {number}" for number in range(8)])):
+        got = [event["line"] for event in events if event.get("stream") == stream]
+        assert got == each[: len(got)]
+        assert got == each or events[-1]["event"] != "finished"
+    for state in (lightrun.wait(run), *(event["run"] for event in events if event["event"] == "finished")):
+        assert (state["reason"], state["exitCode"], state["logsTruncated"]) == ("exited", 3, False)
+        assert [line for line in state["logs"] if line.startswith("line")] == lines
+        assert len(state["logs"]) == 16
+
+
+def test_output_that_falls_silent(proxied: Proxied) -> None:
+    """No FIN ever comes: the container's end is noticed, and what is asked of the run is done."""
+    lightrun, proxy = proxied("--max-concurrent", "4")
+    proxy.inject("attach", "mid", "silent")
+    ended = detach(lightrun, "echo ready; sleep 1; exit 3")
+    late, cancelled, stopped = (detach(lightrun, "echo ready; sleep 60", timeout=ms) for ms in (3000, 60_000, 60_000))
+    for run, action in ((cancelled, "cancel"), (stopped, "stop")):
+        lightrun.wait_for(run, lambda state: "startedAt" in state)
+        assert eventually(lambda: proxy.count("start") == 4)
+        assert lightrun.request("POST", f"/runs/{run}/{action}").status == 204
+        assert lightrun.wait(run, HEARD_SECONDS)["reason"] == {"cancel": "cancelled", "stop": "stopped"}[action]
+    assert lightrun.wait(late, 3 + END_SECONDS)["reason"] == "timeout"
+    state = lightrun.wait(ended, END_SECONDS)
+    assert (state["reason"], state["exitCode"]) == ("exited", 3)
+    for run in (ended, late):
+        state = lightrun.state(run)
+        assert state["logs"] == ["ready"] or state["logsTruncated"]
+
+
+@pytest.mark.parametrize("stream", [0, 3])
+def test_alien_frames_in_the_log_copy(proxied: Proxied, stream: int) -> None:
+    lightrun, proxy = proxied()
+    run = detach(lightrun, "echo ready; sleep 3; echo done; exit 3")
+    lightrun.wait_for(run, lambda state: state["logs"])
+    lightrun.kill()
+    rule = proxy.inject("logs", "mid", f"frame{stream}")
+    lightrun.start()
+    state = lightrun.wait(run)
+    assert rule.hits
+    assert (state["reason"], state["exitCode"], state["logs"], state["logsTruncated"]) == ("exited", 3, ["ready", "done"], True)
+    assert lightrun.request("GET", f"/runs/{run}/logs").body == b"ready\ndone\n"
+
+
+# ---------------------------------------------------------------- Calls
+
+
+def test_a_call_that_always_breaks(proxied: Proxied) -> None:
+    """While the engine says its version all the same: it is asked again with pauses that don't shrink, and not for nothing."""
+
+    def tried(call: str, lightrun: Daemon, proxy: Proxy) -> None:
+        rule = proxy.inject(call, "before", "502")
+        run = detach(lightrun, "echo x > x; exit 3", extract=["x"], extractOn="exit")
+        assert eventually(lambda: rule.hits), call
+        eventually(lambda: False, PATIENT_SECONDS)
+        last = proxy.count(call, PATIENT_SECONDS / 2)
+        assert proxy.busiest(1) <= 5, call
+        assert 0 < last <= rule.hits - last + 1, (call, rule.hits, last)
+        assert lightrun.request("GET", "/health").json()["docker"] is True
+        proxy.mend()
+        state = lightrun.wait(run, END_SECONDS)
+        assert (state["reason"], state["exitCode"], len(state["artifacts"])) == ("exited", 3, 1), (call, state)
+
+    calls = [(call, *proxied()) for call in ("create", "start", "inspect", "archive")]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda each: tried(*each), calls))
+
+
+def test_break_while_pulling(proxied: Proxied, registry: Registry) -> None:
+    """An absence while pulling costs no run, as while creating; one that is silent costs no thread for longer than its run."""
+    lightrun, proxy = proxied()
+    image = registry.push(IMAGE, "faults/pull:1")
+    for point, fault in (("before", "502"), ("after", "close"), ("mid", "reset"), ("mid", "end")):
+        proxy.inject("pull", point, fault, times=1)
+        state = lightrun.wait(detach(lightrun, "echo fine", image=image), END_SECONDS)
+        assert (state["status"], state["logs"]) == ("succeeded", ["fine"]), (point, fault, state)
+        remove_image(EngineApi(), image)
+    process = psutil.Process(lightrun.pid)
+    threads = process.num_threads()
+    rule = proxy.inject("pull", "mid", "silent")
+    run = detach(lightrun, "true", image=image)
+    assert eventually(lambda: rule.held)
+    assert lightrun.request("POST", f"/runs/{run}/cancel").status == 204
+    assert lightrun.wait(run, HEARD_SECONDS)["reason"] == "cancelled"
+    assert eventually(lambda: not rule.held and process.num_threads() <= threads, HEARD_SECONDS), "the pull goes on"
+
+
+def test_one_container_that_cannot_be_removed(proxied: Proxied, engine: docker.APIClient) -> None:
+    """The sweep goes on to the others, now and after a restart, and gets to that one in the end."""
+    lightrun, proxy = proxied()
+    proxy.inject("remove", "before", "500")
+    for _ in range(4):
+        lightrun.wait(detach(lightrun, "true"))
+    left = lightrun.containers()
+    assert len(left) == 4
+    stuck = left[1]
+    proxy.mend()
+    proxy.inject("remove", "before", "500", path=f"{stuck['Id']}|{stuck['Names'][0][1:]}")
+    assert eventually(lambda: [each["Id"] for each in lightrun.containers()] == [stuck["Id"]], END_SECONDS)
+    assert lightrun.run(network="none", entrypoint="true")["status"] == "succeeded"
+    assert eventually(lambda: [each["Id"] for each in lightrun.containers()] == [stuck["Id"]], END_SECONDS)
+    proxy.mend()
+    assert eventually(lambda: not lightrun.containers(), END_SECONDS)
+
+
+# ---------------------------------------------------------------- Clocks
+
+
+def test_clocks_that_differ(proxied: Proxied) -> None:
+    """By a minute or an hour, either way: a fresh run and an adopted one get their time, no less and not much more."""
+
+    def tried(clock: float, lightrun: Daemon, proxy: Proxy) -> None:
+        quick, late = (detach(lightrun, f"sleep {seconds}; exit 3", timeout=2500) for seconds in (1, 60))
+        ends = [lightrun.wait(run, END_SECONDS) for run in (quick, late)]
+        quick, late = (detach(lightrun, f"sleep {seconds}; exit 3", timeout=6000) for seconds in (3, 60))
+        for run in (quick, late):
+            lightrun.wait_for(run, lambda state: "startedAt" in state)
+        lightrun.kill()
+        lightrun.start()
+        ends += [lightrun.wait(run, END_SECONDS) for run in (quick, late)]
+        for state, reason, least in zip(ends, ("exited", "timeout") * 2, (1, 2.5, 3, 6), strict=True):
+            seconds = state["timings"]["run"] / 1000
+            said = (clock, state)
+            assert (state["reason"], state["exitCode"]) == (reason, 3 if reason == "exited" else 137), said
+            assert least - 0.1 <= seconds < least + 5, said
+            assert moment(state, "createdAt") <= moment(state, "startedAt") < moment(state, "finishedAt"), said
+            assert moment(state, "startedAt") + seconds <= moment(state, "finishedAt") + 0.01, said
+            assert abs(moment(state, "createdAt") - time.time()) < 60, said
+
+    clocks = []
+    for clock in (-3600.0, -60.0, 60.0, 3600.0):
+        lightrun, proxy = proxied()
+        proxy.clock = clock
+        clocks.append((clock, lightrun, proxy))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda each: tried(*each), clocks))
