@@ -72,6 +72,7 @@ import traceback
 import types
 import urllib.parse
 import uuid
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn, ParamSpec, TypeVar
@@ -133,6 +134,7 @@ DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
 
 CALLBACK_SECONDS = 10  # one attempt
 CALLBACK_DELAYS = (1, 5, 30, 120, 600)  # seconds before each further attempt
+CALLBACK_JITTER = 1.25  # times that, at most
 MAX_RETRY_AFTER_SECONDS = 600
 MAX_DELIVERIES = 128  # attempts at a time, each on a thread
 MAX_DELIVERIES_EACH = 4  # the same to one receiver; one that failed last gets one
@@ -1113,8 +1115,10 @@ class Store:
         return None
 
     def callback(self, run_id: str) -> bytes | None:
-        """What `finish` was given for a callback that is still owed."""
-        return self.request(f"{run_id}.callback")
+        """What `finish` was given for a callback that is still owed. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self._secrets / f"{run_id}.callback").read_bytes()
+        return None
 
     def tidy(self, artifacts_root: Path) -> None:
         """Remove the files and folders of runs that are not there (any more), as a crash can leave them."""
@@ -2553,28 +2557,19 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
     tls, host = parts.scheme == "https", parts.hostname or ""
     port = parts.port or (443 if tls else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     try:
-        connection = (http.client.HTTPSConnection if tls else http.client.HTTPConnection)(host, port, timeout=CALLBACK_SECONDS)
-        sock = _connect(host, port, allow)
-        late = threading.Event()
-        guard = threading.Timer(CALLBACK_SECONDS, _shut, [sock, late])  # an answer that trickles would take longer
-        guard.start()
-        try:
+        with contextlib.closing(kind(host, port)) as connection, _connect(host, port, allow) as sock, _cut_off(sock):
             connection.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host) if tls else sock
-            connection.request("POST", target, body, {"Content-Type": JSON, "User-Agent": "lightrun", **headers})
-            response = connection.getresponse()
-        finally:
-            guard.cancel()
-            connection.close()
-            sock.close()
-        if late.is_set():  # what looked like the end of the headers was not
-            raise TimeoutError
-    except (OSError, http.client.HTTPException, ValueError) as error:
+            with contextlib.suppress(OSError):  # who answers may close before it has read all (RFC 9112, 9.6)
+                connection.request("POST", target, body, {"Content-Type": JSON, "User-Agent": "lightrun", **headers})
+            response = _final_response(connection)
+    except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
         retry = response.status in {408, 425, 429} or response.status >= 500
-        after = retry_after(response.headers.get("Retry-After", ""), time.time())
-        raise CallbackError(f"answered {response.status}", retry, after)
+        now = http_date(response.headers.get("Date", "")) or time.time()  # by its own clock, if it shows that
+        raise CallbackError(f"answered {response.status}", retry, retry_after(response.headers.get("Retry-After", ""), now))
 
 
 def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
@@ -2589,32 +2584,70 @@ def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
     return sock
 
 
-def _shut(sock: socket.socket, late: threading.Event) -> None:
-    late.set()
+@contextlib.contextmanager
+def _cut_off(sock: socket.socket) -> Iterator[None]:
+    """An end to an attempt that takes longer, were it only trickling. Raises TimeoutError then: what was cut short can look
+    complete."""
+    deadline = time.monotonic() + CALLBACK_SECONDS
+    with sock.dup() as twin:  # TLS takes the first one away
+        guard = threading.Timer(CALLBACK_SECONDS, _shut, [twin])
+        guard.start()
+        try:
+            yield
+        finally:
+            guard.cancel()
+            if time.monotonic() >= deadline:
+                raise TimeoutError
+
+
+def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
 
 
+def _final_response(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+    """The answer after all interim ones (RFC 9110, 15.2), of which http.client knows 100 only."""
+    response = connection.getresponse()
+    while response.status < 200:
+        response.headers = None  # type: ignore[assignment]  # as it is before the first
+        response.begin()
+    return response
+
+
+def http_date(text: str) -> float | None:
+    """Unix seconds of a date in a header (RFC 9110, 5.6.7), None for what is no date."""
+    import bottle
+
+    return bottle.parse_date(text)  # type: ignore[no-any-return]
+
+
 def retry_after(header: str, now: float) -> float:
     """Seconds that a Retry-After header asks for, bounded; 0 for none (RFC 9110, 10.2.3)."""
-    if re.fullmatch(r"\d{1,9}", header, re.ASCII):
-        seconds = float(header)
-    else:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
-        except (ValueError, TypeError, OverflowError):
-            return 0
+    seconds = float(header) if re.fullmatch(r"\d{1,9}", header, re.ASCII) else (http_date(header) or 0) - now
     return min(max(seconds, 0), MAX_RETRY_AFTER_SECONDS)
+
+
+@dataclasses.dataclass(eq=False)
+class Receiver:
+    """Who is called back at one host and port. Nothing but what is owed to it refers to it, so it goes with the last."""
+
+    busy: int = 0  # attempts
+    failing: bool = False  # the last attempt failed
+    parked: collections.deque[Delivery] = dataclasses.field(default_factory=collections.deque)  # due, and no room for it
+
+    def room(self) -> int:
+        """How many more attempts it may have at a time."""
+        return (1 if self.failing else MAX_DELIVERIES_EACH) - self.busy
 
 
 @dataclasses.dataclass(order=True)
 class Delivery:
-    """A callback that is owed, in the order in which they fall due."""
+    """A callback that is owed, in the order in which they fall due by the monotonic clock."""
 
     due: float
     run_id: str
     attempts: int = dataclasses.field(compare=False)
-    receiver: str = dataclasses.field(default="", compare=False)
+    receiver: Receiver | None = dataclasses.field(default=None, compare=False)  # known when it first fell due
 
 
 class Callbacks:
@@ -2624,12 +2657,12 @@ class Callbacks:
     def __init__(self, store: Store, allow: tuple[str, ...]) -> None:
         self._store, self._allow = store, allow
         self._changed = threading.Condition()  # guards all below
-        self._due: list[Delivery] = []  # a heap
-        self._parked: dict[str, collections.deque[Delivery]] = {}  # due, behind others to the same receiver
-        self._busy: collections.Counter[str] = collections.Counter()
-        self._failing: set[str] = set()
-        for run_id, due, head in store.owed():
-            self.owe(run_id, due, json.loads(head)["callback"]["attempts"])
+        self._due: list[Delivery] = []  # a heap of all that are neither parked nor attempted now
+        self._busy = 0  # attempts
+        self._receivers: weakref.WeakValueDictionary[str, Receiver] = weakref.WeakValueDictionary()
+        longest = max(CALLBACK_DELAYS[-1] * CALLBACK_JITTER, MAX_RETRY_AFTER_SECONDS)
+        for run_id, due, head in store.owed():  # `due` is of a clock that may have been set since
+            self.owe(run_id, min(due - time.time(), longest), json.loads(head)["callback"]["attempts"])
         threading.Thread(target=self._dispatch, name="callbacks", daemon=True).start()
 
     @staticmethod
@@ -2637,75 +2670,102 @@ class Callbacks:
         """What the store keeps for a callback."""
         return to_json({"url": request.callback_url, "secret": request.callback_secret}) + b"\n" + body
 
-    def owe(self, run_id: str, due: float = 0, attempts: int = 0) -> None:
-        """Deliver what the store keeps for this run, from Unix time `due` on."""
+    def owe(self, run_id: str, delay: float = 0, attempts: int = 0) -> None:
+        """Deliver what the store keeps for this run, in `delay` seconds."""
         with self._changed:
-            heapq.heappush(self._due, Delivery(due, run_id, attempts))
-            self._changed.notify()
+            self._put(Delivery(0, run_id, attempts), delay)
+
+    def _put(self, delivery: Delivery, delay: float) -> None:
+        """Under the lock."""
+        delivery.due = time.monotonic() + delay
+        heapq.heappush(self._due, delivery)
+        self._changed.notify()
 
     def _dispatch(self) -> None:
         while True:
+            with self._changed:
+                while self._busy >= MAX_DELIVERIES or not self._due or self._due[0].due > time.monotonic():
+                    idle = self._busy >= MAX_DELIVERIES or not self._due
+                    self._changed.wait(None if idle else self._due[0].due - time.monotonic())
+                delivery = heapq.heappop(self._due)
             try:
+                self._send(delivery)
+            except Exception:  # no descriptor or no thread to be had, say
+                log.exception("callback of run %s", delivery.run_id)
                 with self._changed:
-                    while not self._due or self._due[0].due > time.time() or self._busy.total() >= MAX_DELIVERIES:
-                        self._changed.wait(max(0.05, self._due[0].due - time.time()) if self._due else None)
-                    self._send(heapq.heappop(self._due))
-            except Exception:  # no thread to be had, say; what is owed is on disk
-                log.exception("callbacks")
-                time.sleep(RETRY_SECONDS)
+                    self._put(delivery, RETRY_SECONDS)
 
     def _send(self, delivery: Delivery) -> None:
-        """Under the lock: attempt a delivery, or park it behind others to the same receiver."""
+        """Attempt a delivery, or park it behind others to the same receiver."""
         packed = self._store.callback(delivery.run_id)
-        if packed is None:  # deleted meanwhile
-            self._unpark(delivery.receiver)
-            return
-        head, _, body = packed.partition(b"\n")
-        about = json.loads(head)
-        delivery.receiver = urllib.parse.urlsplit(about["url"]).netloc.lower()
-        if self._busy[delivery.receiver] >= (1 if delivery.receiver in self._failing else MAX_DELIVERIES_EACH):
-            self._parked.setdefault(delivery.receiver, collections.deque()).append(delivery)
-            return
-        threading.Thread(target=self._attempt, args=(delivery, about, body), name="callback", daemon=True).start()
-        self._busy[delivery.receiver] += 1
-
-    def _unpark(self, receiver: str) -> None:
-        """Under the lock: let the next delivery to a receiver come up again."""
-        if parked := self._parked.get(receiver):
-            heapq.heappush(self._due, parked.popleft())
-        else:
-            self._parked.pop(receiver, None)
-
-    def _attempt(self, delivery: Delivery, about: dict[str, str], body: bytes) -> None:
-        run_id, attempts = delivery.run_id, delivery.attempts + 1
-        outcome: dict[str, Any] = {"status": "delivered", "attempts": attempts}
-        due = None
-        try:
-            deliver(about["url"], body, self._headers(run_id, attempts, about["secret"], body), self._allow)
-        except CallbackError as error:
-            log.warning("callback of run %s, attempt %d: %s", run_id, attempts, error)
-            if error.retry and attempts <= len(CALLBACK_DELAYS):
-                due = time.time() + max(CALLBACK_DELAYS[attempts - 1] * random.uniform(1, 1.25), error.after)
-            outcome = {"status": "failed" if due is None else "pending", "attempts": attempts, "lastError": str(error)}
-        try:
-            self._store.attempted(run_id, outcome, due)
-        except Unavailable as error:  # told again after a restart, rather than never
-            log.error("callback of run %s: %s", run_id, error)
         with self._changed:
-            self._busy -= collections.Counter([delivery.receiver])
-            (self._failing.discard if outcome["status"] == "delivered" else self._failing.add)(delivery.receiver)
-            self._unpark(delivery.receiver)
-            self._changed.notify()
-        if due is not None:
-            self.owe(run_id, due, attempts)
+            if packed and delivery.receiver is None:
+                name = urllib.parse.urlsplit(json.loads(packed.partition(b"\n")[0])["url"]).netloc.lower()
+                delivery.receiver = self._receivers.setdefault(name, Receiver())
+            receiver = delivery.receiver
+            if packed is None or receiver is None:  # deleted meanwhile
+                self._unpark(receiver)
+            elif receiver.room() <= 0:
+                receiver.parked.append(delivery)
+            else:
+                arguments = (delivery, receiver, packed)
+                threading.Thread(target=self._attempt, args=arguments, name="callback", daemon=True).start()
+                self._busy, receiver.busy = self._busy + 1, receiver.busy + 1
 
-    @staticmethod
-    def _headers(run_id: str, attempts: int, secret: str | None, body: bytes) -> dict[str, str]:
-        headers = {"X-Light-Run-Id": run_id, "X-Light-Run-Attempt": str(attempts)}
-        if secret:
+    def _unpark(self, receiver: Receiver | None) -> None:
+        """Under the lock: let as many deliveries to a receiver come up again as there is room for."""
+        if receiver:
+            for _ in range(min(receiver.room(), len(receiver.parked))):
+                heapq.heappush(self._due, receiver.parked.popleft())
+        self._changed.notify()
+
+    def _attempt(self, delivery: Delivery, receiver: Receiver, packed: bytes) -> None:
+        """One attempt, on a thread of its own, and what comes of it."""
+        delivery.attempts += 1
+        outcome: dict[str, Any] = {}
+        delay = None
+        try:
+            outcome, delay = self._outcome(delivery, packed)
+            self._record(delivery.run_id, outcome, delay)
+        finally:
+            with self._changed:
+                self._busy, receiver.busy = self._busy - 1, receiver.busy - 1
+                receiver.failing = outcome.get("status") != "delivered"
+                if delay is not None:
+                    self._put(delivery, delay)
+                self._unpark(receiver)
+
+    def _outcome(self, delivery: Delivery, packed: bytes) -> tuple[dict[str, Any], float | None]:
+        """The callback as the state shows it after an attempt, and seconds until the next one, if there is one."""
+        try:
+            self._post(delivery, packed)
+        except CallbackError as error:
+            log.warning("callback of run %s, attempt %d: %s", delivery.run_id, delivery.attempts, error)
+            delay = None
+            if error.retry and delivery.attempts <= len(CALLBACK_DELAYS):
+                delay = max(CALLBACK_DELAYS[delivery.attempts - 1] * random.uniform(1, CALLBACK_JITTER), error.after)
+            status = "failed" if delay is None else "pending"
+            return {"status": status, "attempts": delivery.attempts, "lastError": str(error)}, delay
+        return {"status": "delivered", "attempts": delivery.attempts}, None
+
+    def _post(self, delivery: Delivery, packed: bytes) -> None:
+        head, _, body = packed.partition(b"\n")
+        about, run_id = json.loads(head), delivery.run_id
+        headers = {"X-Light-Run-Id": run_id, "X-Light-Run-Attempt": str(delivery.attempts)}
+        if secret := about["secret"]:
             headers["X-Light-Run-Signature"] = signature(secret, body)
             headers |= webhook_headers(secret, run_id, body, time.time()) if secret.startswith("whsec_") else {}
-        return headers
+        deliver(about["url"], body, headers, self._allow)
+
+    def _record(self, run_id: str, outcome: dict[str, Any], delay: float | None) -> None:
+        """Put the outcome of an attempt on disk, however long that takes: else it would be made again, and not be known."""
+        due = None if delay is None else time.time() + delay
+        while True:
+            try:
+                return self._store.attempted(run_id, outcome, due)
+            except LightrunError as error:
+                log.error("callback of run %s: %s", run_id, error)
+                time.sleep(RETRY_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Takes lightrun's own command line. `LIGHTRUN_TRAP="Store.add before 1"` has the process kill itself before the first call
 of that method, or `after` its return; a function of the module is named alone. `LIGHTRUN_DELAYS="0.2 0.4"` stands for
-CALLBACK_DELAYS, so that a test of retries is quick.
+CALLBACK_DELAYS, so that a test of retries is quick, and `LIGHTRUN_MAX_RETRY_AFTER="3"` for MAX_RETRY_AFTER_SECONDS.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import itertools
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,4 +48,8 @@ if __name__ == "__main__":
         set_trap(name, when, int(number))
     if delays := os.environ.get("LIGHTRUN_DELAYS"):
         lightrun.CALLBACK_DELAYS = tuple(map(float, delays.split()))  # type: ignore[assignment]
+    if "FAKETIME_TIMESTAMP_FILE" in os.environ:  # libfaketime 0.9.10 fails in the clock_nanosleep of time.sleep
+        time.sleep = threading.Event().wait  # type: ignore[assignment]
+    if seconds := os.environ.get("LIGHTRUN_MAX_RETRY_AFTER"):
+        lightrun.MAX_RETRY_AFTER_SECONDS = int(seconds)
     sys.exit(lightrun.main())

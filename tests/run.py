@@ -25,6 +25,7 @@ PACKAGES = {
     "busybox-static": "busybox",
     "curl": "curl",
     "docker-registry": "docker-registry",
+    "faketime": "faketime",
     "iproute2": "ip",
     "runsc": "runsc",
     "util-linux": "unshare",

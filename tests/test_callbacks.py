@@ -6,7 +6,13 @@ import contextlib
 import hashlib
 import hmac
 import json
+import socket
+import ssl
+import struct
+import subprocess
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +23,7 @@ from standardwebhooks.webhooks import Webhook
 
 from conftest import Answer, Daemon, DaemonFactory, Receiver, free_port
 from engine import IMAGE
-from lightrun import MAX_RETRY_AFTER_SECONDS, retry_after, signature, webhook_headers
+from lightrun import MAX_RETRY_AFTER_SECONDS, CallbackError, deliver, retry_after, signature, webhook_headers
 
 SECRET = "a sécret of some length"
 WEBHOOK_SECRET = "whsec_" + "MDEyMzQ1Njc4OWFiY2RlZg=="
@@ -195,6 +201,140 @@ def test_many_callbacks_all_arrive(lightrun: Daemon, receiver: Receiver) -> None
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: lightrun.detach(entrypoint="true", callbackUrl=receiver.url), range(12)))
     assert sorted(request.headers["X-Light-Run-Id"] for request in receiver.wait(12, 30)) == sorted(runs)
+
+
+# ---------------------------------------------------------------- Answers before the end of the request
+
+
+class Abrupt:
+    """A receiver that reads no more than the head of a request, sends what it is told to, and leaves. While something is
+    unread, the kernel resets the connection then."""
+
+    def __init__(self, said: bytes, leave: Callable[[socket.socket], None], tls: ssl.SSLContext | None = None) -> None:
+        self._said, self._leave = said, leave
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset can overtake what was said
+        self._tls = tls
+        self.requests = 0
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.getsockname()[1]}/"
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                client = self._server.accept()[0]
+                with self._tls.wrap_socket(client, server_side=True) if self._tls else client as connection:
+                    while b"\r\n\r\n" not in connection.recv(65536):
+                        pass
+                    self.requests += 1
+                    connection.sendall(self._said)
+                    self._leave(connection)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._server.close()
+
+
+def close(_client: socket.socket) -> None:
+    """Leave without reading."""
+
+
+def reset(client: socket.socket) -> None:
+    """Leave with a reset even if all was read (socket(7): SO_LINGER)."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def half_close(client: socket.socket) -> None:
+    """Say that there is no more to come, and read for a moment, as careful servers do."""
+    client.shutdown(socket.SHUT_WR)
+    client.settimeout(0.2)
+    with contextlib.suppress(OSError):
+        while client.recv(65536):
+            pass
+
+
+@pytest.fixture(scope="module")
+def server_tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, str]:
+    """TLS for 127.0.0.1, and the file of the certificate to trust."""
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = str(folder / "key"), str(folder / "certificate")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-subj", "/CN=x"]
+    subprocess.run([*command, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
+@pytest.fixture
+def trusted(server_tls: tuple[ssl.SSLContext, str], monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """TLS that this process trusts."""
+    monkeypatch.setenv("SSL_CERT_FILE", server_tls[1])
+    return server_tls[0]
+
+
+EARLY: list[tuple[bytes, str, bool, float]] = [
+    (b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 0\r\n\r\n", "answered 413", False, 0),
+    (b"HTTP/1.0 401 No\r\n\r\nwho are you?", "answered 401", False, 0),
+    (b"HTTP/1.1 302 Found\r\nLocation: /x\r\n\r\n", "answered 302", False, 0),
+    (b"HTTP/1.1 500 Oh\r\nContent-Length: 2\r\n\r\nno", "answered 500", True, 0),
+    (b"HTTP/1.1 429 Slow\r\nRetry-After: 7\r\n\r\n", "answered 429", True, 7),
+    (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 413 No\r\n\r\n", "answered 413", False, 0),
+    (b"HTTP/1.1 103 Hints\r\nLink: <x>\r\n\r\nHTTP/1.1 102 On it\r\n\r\nHTTP/1.1 410 Gone\r\n\r\n", "answered 410", False, 0),
+    (b"HTTP/1.1 100 Continue\r\n\r\n", "no answer", True, 0),
+    (b"", "no answer", True, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("leave", [close, reset, half_close])
+@pytest.mark.parametrize("size", [1, 20_000_000])
+def test_an_answer_counts_however_early(
+    scheme: str, leave: Callable[[socket.socket], None], size: int, trusted: ssl.SSLContext
+) -> None:
+    for said, message, retry, after in EARLY:
+        with contextlib.closing(Abrupt(said, leave, trusted if scheme == "https" else None)) as abrupt:
+            with pytest.raises(CallbackError, match=message) as caught:
+                deliver(abrupt.url, bytes(size), {}, ())
+            assert (caught.value.retry, caught.value.after, abrupt.requests) == (retry, after, 1), said
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_early_2xx_is_delivered(scheme: str, trusted: ssl.SSLContext) -> None:
+    said = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 202 Accepted\r\n\r\n"
+    for size in (1, 20_000_000):
+        with contextlib.closing(Abrupt(said, close, trusted if scheme == "https" else None)) as abrupt:
+            deliver(abrupt.url, bytes(size), {}, ())
+
+
+def trickle(client: socket.socket) -> None:
+    """Leave when nobody takes another byte any more."""
+    with contextlib.suppress(OSError):
+        while True:
+            client.sendall(b"x")
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_answer_that_trickles_comes_too_late(scheme: str, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightrun.CALLBACK_SECONDS", 1)
+    for said in (b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 20", b"HTTP/1.1 103 Hints\r\nX: "):
+        begun = time.monotonic()
+        with contextlib.closing(Abrupt(said, trickle, trusted if scheme == "https" else None)) as abrupt:
+            with pytest.raises(CallbackError, match="no answer") as caught:
+                deliver(abrupt.url, b"x", {}, ())
+            assert caught.value.retry
+            assert 0.9 < time.monotonic() - begun < 4
+
+
+def test_a_state_that_is_too_large_for_its_receiver_is_told_once(lightrun: Daemon) -> None:
+    with contextlib.closing(Abrupt(b"HTTP/1.1 413 Content Too Large\r\n\r\n", close)) as abrupt:
+        run = lightrun.detach(entrypoint="head -c 1000000 /dev/zero", callbackUrl=abrupt.url)  # each is six bytes of JSON
+        assert settled(lightrun, run)["callback"] == {"status": "failed", "attempts": 1, "lastError": "answered 413"}
+        assert abrupt.requests == 1
 
 
 # ---------------------------------------------------------------- Who may be called

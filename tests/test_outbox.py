@@ -6,14 +6,22 @@ One attempt by itself is tested in test_callbacks.py.
 from __future__ import annotations
 
 import base64
+import collections
+import contextlib
+import email.utils
+import gc
+import http.server
 import json
 import re
 import secrets
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -227,6 +235,127 @@ def test_kill_around_an_attempt(daemon: DaemonFactory, receiver: Receiver, trap:
     assert eventually(lambda: not list((lightrun.state_dir / "secrets").iterdir()))
 
 
+# ---------------------------------------------------------------- Clocks that are set
+
+
+class Clock:
+    """The wall clock of a daemon, which is set while it runs. Its monotonic clock is the real one."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.set(0)
+        (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+        self.env = {
+            "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_CACHE_DURATION": "1",  # seconds
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # else locks with a timeout stall
+        }  # fmt: skip
+
+    def set(self, seconds: float) -> None:
+        """Let it be ahead by so much, within a second."""
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(f"{seconds:+}\n")
+        fresh.replace(self._file)
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    """A clock that is right, until it is set."""
+    return Clock(tmp_path / "clock")
+
+
+def time_of(lightrun: Daemon) -> float:
+    """A daemon's own time of day."""
+    return email.utils.parsedate_to_datetime(lightrun.request("GET", "/health").headers["Date"]).timestamp()
+
+
+DAY = 24 * 3600
+
+
+@pytest.mark.parametrize("step", [-DAY, DAY, -7], ids=["back", "forth", "back a little"])
+def test_a_clock_that_is_set_changes_no_delay(
+    daemon: DaemonFactory, receiver: Receiver, other: Receiver, clock: Clock, step: int
+) -> None:
+    lightrun = daemon(env={**clock.env, "LIGHTRUN_DELAYS": "4 0.2"})
+    for _ in range(2):
+        receiver.answer(500)
+    key = base64.b64encode(secrets.token_bytes(24)).decode()
+    run = call_back(lightrun, receiver.url, callbackSecret=f"whsec_{key}")
+    lightrun.wait_for(run, lambda state: state["callback"]["attempts"] == 1)
+    clock.set(step)
+    assert eventually(lambda: abs(time_of(lightrun) - time.time() - step) < 3, 3)
+    call_back(lightrun, other.url)  # has the outbox look what is due
+    other.wait()
+    got = receiver.wait(3)
+    assert 4 <= got[1].time - got[0].time < 7
+    assert got[2].time - got[1].time < 4
+    assert callback(lightrun, run, "delivered")["attempts"] == 3
+    for request, ahead in zip(got, (0, step, step), strict=True):  # who verifies them compares with the time of day
+        assert abs(int(request.headers["webhook-timestamp"]) - time.time() - ahead) < 20
+
+
+@pytest.mark.parametrize(("delays", "retry_after"), [("2 2 4", "1"), ("2 2 2", "5")], ids=["schedule", "Retry-After"])
+def test_a_clock_that_was_set_back_before_a_restart(
+    daemon: DaemonFactory, receiver: Receiver, clock: Clock, delays: str, retry_after: str
+) -> None:
+    """What was due at a time that is far ahead now is due after the longest delay that there can be, 5 s here."""
+    lightrun = daemon(env={**clock.env, "LIGHTRUN_DELAYS": delays, "LIGHTRUN_MAX_RETRY_AFTER": retry_after})
+    receiver.answer(500)
+    receiver.answer(500)
+    run = call_back(lightrun, receiver.url)
+    lightrun.wait_for(run, lambda state: state["callback"]["attempts"] == 1)
+    lightrun.kill()
+    clock.set(-DAY)
+    begun = time.monotonic()
+    lightrun.start()
+    got = receiver.wait(3)
+    assert 5 <= got[1].time - begun < 15
+    assert 2 <= got[2].time - got[1].time < 5
+    assert callback(lightrun, run, "delivered")["attempts"] == 3
+
+
+def test_a_date_to_come_again_is_by_the_receivers_clock(daemon: DaemonFactory, receiver: Receiver, clock: Clock) -> None:
+    clock.set(DAY)
+    lightrun = daemon(env={**clock.env, "LIGHTRUN_DELAYS": "0.1 0.1"})
+    receiver.answer(503, {"Retry-After": email.utils.formatdate(time.time() + 6, usegmt=True)})
+    run = call_back(lightrun, receiver.url)
+    first, second = receiver.wait(2)
+    assert 2 < second.time - first.time < 7
+    assert callback(lightrun, run, "delivered")["attempts"] == 2
+
+
+# ---------------------------------------------------------------- What the disk does
+
+
+def test_what_cannot_be_read_for_a_while_is_sent_later(daemon: DaemonFactory, receiver: Receiver) -> None:
+    lightrun = daemon(env={"LIGHTRUN_DELAYS": "1"})
+    lightrun.may_log_tracebacks = True
+    receiver.answer(500)
+    run = call_back(lightrun, receiver.url)
+    lightrun.wait_for(run, lambda state: state["callback"]["attempts"] == 1)
+    file = lightrun.state_dir / "secrets" / f"{run}.callback"
+    file.rename(lightrun.state_dir / "aside")
+    file.mkdir()
+    assert eventually(lambda: f"callback of run {run}\n" in lightrun.log())
+    file.rmdir()
+    (lightrun.state_dir / "aside").rename(file)
+    assert callback(lightrun, run, "delivered")["attempts"] == 2
+
+
+def test_an_outcome_that_cannot_be_written_for_a_while_is_written_later(shared: Daemon, receiver: Receiver) -> None:
+    receiver.default = type(receiver.default)(delay=1)
+    run = call_back(shared, receiver.url)
+    receiver.wait()
+    with contextlib.closing(sqlite3.connect(shared.state_dir / "lightrun.db", isolation_level=None)) as database:
+        database.execute("ALTER TABLE runs RENAME COLUMN due TO away")
+        try:
+            assert eventually(lambda: f"callback of run {run}: " in shared.log())
+            assert callback(shared, run, "pending")["attempts"] == 0
+        finally:
+            database.execute("ALTER TABLE runs RENAME COLUMN away TO due")
+    assert callback(shared, run, "delivered")["attempts"] == 1
+    assert len(receiver.requests) == 1
+
+
 # ---------------------------------------------------------------- Receivers that hurt nobody else
 
 
@@ -254,6 +383,71 @@ def test_many_to_one_receiver_all_arrive(shared: Daemon, receiver: Receiver) -> 
     for run in runs:
         assert callback(shared, run, "delivered")["attempts"] == 1
     assert sorted(request.headers["X-Light-Run-Id"] for request in receiver.requests) == sorted(runs)
+
+
+def test_a_receiver_that_is_well_again_gets_several_at_a_time(shared: Daemon, receiver: Receiver) -> None:
+    receiver.answer(500)
+    receiver.answer(200, delay=8)  # while the others come to wait behind it
+    receiver.default = type(receiver.default)(delay=1)
+    runs = [call_back(shared, receiver.url)]
+    receiver.wait(2)
+    with ThreadPoolExecutor() as pool:
+        runs += pool.map(lambda _: call_back(shared, receiver.url), range(10))
+    for run in runs:
+        callback(shared, run, "delivered", 40)
+    began = [request.time for request in receiver.requests[1:]]
+    assert began[1] - began[0] > 7
+    assert max(sum(0 <= other - begun < 1 for other in began) for begun in began) == module.MAX_DELIVERIES_EACH
+
+
+def strings(thing: Any, seen: set[int]) -> Iterator[str]:
+    """Every text that an object holds, itself or by what it refers to."""
+    if id(thing) in seen or isinstance(thing, (type, ModuleType, FunctionType, threading.Thread)):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, str):
+        yield thing
+    for other in gc.get_referents(thing):
+        yield from strings(other, seen)
+
+
+def test_nothing_is_kept_of_receivers_that_are_owed_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs to ever new hosts, each of which answers in its own way."""
+    monkeypatch.setattr(module, "CALLBACK_DELAYS", (0.1, 0.1))
+    monkeypatch.setattr(module.log, "disabled", True)  # pytest would keep what is logged, errors and all
+    store = module.Store(tmp_path)
+    hosts = [f"127.0.{number}.1" for number in range(60)]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response((200, 404, 500)[int(self.headers["Host"].split(".")[2]) % 3])
+            self.end_headers()
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        callbacks = module.Callbacks(store, ())
+        for host in hosts:
+            run = module.Run(host, "image", time.time(), waited=False, callback={"status": "pending", "attempts": 0})
+            store.add(run)
+            run.reason, run.exit_code, run.finished = "exited", 0, time.time()
+            about = {"url": f"http://{host}:{server.server_port}/", "secret": None}
+            store.finish(run, b"", json.dumps(about).encode() + b"\n{}")
+            callbacks.owe(host)
+        assert eventually(lambda: not store.owed())
+        server.shutdown()
+        thread.join()
+    outcomes = collections.Counter(json.loads(store.head(host))["callback"]["attempts"] for host in hosts)
+    assert outcomes == {1: 40, 3: 20}
+
+    def names() -> set[str]:
+        return {text.partition(":")[0] for text in strings(vars(callbacks), {id(store)}) if text.startswith("127.0.")}
+
+    assert eventually(lambda: len(names()) <= 1, 2), names()  # the dispatcher may not have let go of the last one
+    store.close()
 
 
 # ---------------------------------------------------------------- Deletion and eviction
