@@ -51,6 +51,7 @@ import logging
 import math
 import os
 import posixpath
+import queue
 import random
 import re
 import resource
@@ -130,7 +131,8 @@ INTERRUPT_SECONDS = 5  # for the ends of runs that are killed because lightrun g
 REMOVE_SECONDS = 15  # until the removal of a container is left to the keeper, and its run's place given back
 MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
-DRAIN_SECONDS = 10  # what SIGTERM leaves to clients that wait
+LAST_ANSWERS_SECONDS = 1  # for answers on their way when lightrun goes down
+SETTLE_POLL_SECONDS = 0.02  # how often it is looked whether they are gone
 
 CALLBACK_SECONDS = 10  # one attempt
 CALLBACK_DELAYS = (1, 5, 30, 120, 600)  # seconds before each further attempt
@@ -141,7 +143,15 @@ MAX_DELIVERIES_EACH = 4  # the same to one receiver; one that failed last gets o
 
 CONTROL_THREADS = 16  # handlers beside the waiting ones, so that control routes always find one
 MAX_CONNECTIONS = 4096
+MIN_DESCRIPTORS = 128  # a daemon that may open fewer files could not do a run
+BACKLOG = 1024  # of connections that are not accepted yet
+ACCEPT_PAUSE_SECONDS = 1  # when there is no descriptor for a connection
+COMPLAIN_SECONDS = 60  # how often it is said again
 MAX_HEADER_BYTES = 64 * KIB
+MAX_UNREAD_BYTES = 64 * KIB  # of an answer that waits for its reader in memory; larger ones wait in a file
+MAX_UNREAD_STREAM_BYTES = 512 * KIB  # the same for a stream, which has a place
+MAX_LOG_CHARACTERS = MIB  # of lines that wait for whoever reads standard error
+LOG_FLUSH_SECONDS = 1  # what they get at the end
 M_ARENA_MAX = -8  # of mallopt(3)
 
 JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
@@ -265,7 +275,7 @@ def parse_size(text: str) -> int:
 def parse_duration(text: str) -> float:
     """Seconds of `500ms`, `10s`, `5m` or `1h`. Raises ValueError."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)(ms|s|m|h)", text.strip(), re.ASCII)
-    if not match or not float(match[1]):
+    if not match:
         raise ValueError("must be a duration such as 10s or 5m")
     return float(match[1]) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[match[2]]
 
@@ -308,6 +318,10 @@ def _split_engine(text: str) -> tuple[str | None, str | None, int | None]:
     return None, url.hostname, url.port
 
 
+def _duration(low: float) -> Callable[[str], float]:
+    return _cast(parse_duration, lambda seconds: low <= seconds <= 86_400, f"a duration such as 10s or 5m, {low:g}s to 24h")
+
+
 _text = _cast(str, lambda text: text == text.strip() != "" and text.isprintable(), "printable text without spaces around it")
 _mode = _cast(lambda text: int(text, 8), lambda mode: 0 <= mode <= 0o777, "an octal mode such as 0600")
 _cpus = _cast(float, lambda cpus: 0.01 <= cpus <= 10_000, "a number of CPUs such as 0.5 or 2, at least 0.01")
@@ -315,7 +329,10 @@ _docker_host = _cast(_text, lambda text: any(_split_engine(text)), "unix:///path
 
 
 def _path(text: str) -> Path:
-    return Path(_text(text)).expanduser().absolute()
+    try:
+        return Path(_text(text)).expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        raise ValueError("names a home that is not known, or is relative to a folder that has gone") from error
 
 
 def small_file(path: Path) -> bytes:
@@ -342,7 +359,7 @@ class Settings:
     socket: Path | None = option(_path, None, "listen on this Unix socket instead of TCP")
     socket_mode: int = option(_mode, 0o600, "mode of the Unix socket", "0600")
     token: str | None = option(_text, None, "bearer token that every route but /health then needs", "open to everybody")
-    token_file: Path | None = option(_path, None, "file with bearer tokens, one a line, read at start")
+    token_file: Path | None = option(_path, None, "file with bearer tokens, one a line, read at start and on SIGHUP")
     body_limit: int = option(_bytes(KIB), 10 * MIB, "largest request body", "10 MiB")
     state_dir: Path = option(_path, Path("~/.light-run"), "database and lock", "~/.light-run")
     artifacts_dir: Path | None = option(_path, None, "where artifacts are kept", "<state-dir>/artifacts")
@@ -360,11 +377,12 @@ class Settings:
     pids: int = option(_integer(MIN_PIDS, 4_194_304), 100, "processes and threads of every run")
     runtime: str | None = option(_text, None, "OCI runtime, such as runc, crun or runsc", "the engine's default")
     pull: str = option(_one_of("missing", "always", "never"), "missing", "when to pull: missing, always or never")
-    pull_timeout: float = option(parse_duration, 600.0, "time limit of a pull", "10m")
+    pull_timeout: float = option(_duration(0.001), 600.0, "time limit of a pull", "10m")
     allow_image: tuple[str, ...] = option(_text, (), "image pattern, as in docker.io/library/*; repeatable", "any")
     allow_network: tuple[str, ...] = option(_text, (), "network pattern; repeatable", "none")
     callback_allow: tuple[str, ...] = option(_text, (), "callback host pattern; repeatable", "any but link-local")
     docker_host: str | None = option(_docker_host, None, "engine: unix:///path or tcp://host:port", "DOCKER_HOST or local")
+    drain: float = option(_duration(0), 10.0, "what SIGTERM leaves to clients that wait", "10s")
     log_format: str = option(_one_of("text", "json"), "text", "text, or json: one object a line")
 
     def artifacts_root(self) -> Path:
@@ -376,7 +394,7 @@ class Settings:
         tokens = [self.token] if self.token else []
         if self.token_file:
             try:
-                lines = self.token_file.read_text("utf-8").splitlines()
+                lines = small_file(self.token_file).decode().splitlines()
             except (OSError, UnicodeError) as error:
                 raise UsageError(f"--token-file: cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from error
             tokens += [line.strip() for line in lines if line.strip()]
@@ -2096,13 +2114,28 @@ DEFAULT_ENGINE = "unix:///var/run/docker.sock"
 
 @dataclasses.dataclass(frozen=True)
 class EngineAddress:
-    """Where the engine listens: the path of a Unix socket, or a host and a port, with TLS or without; and as a URL."""
+    """Where the engine listens: the path of a Unix socket, or a host and a port, with TLS or without; as a URL, and who said
+    so, for people."""
 
     path: str | None
     host: str | None
     port: int | None
     tls: ssl.SSLContext | None
     url: str
+    source: str
+
+    def trouble(self) -> str:
+        """Why nobody can connect to it, in the system's words ("Permission denied"); "" if one can."""
+        try:
+            if self.path:
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.settimeout(HEALTH_SECONDS)
+                    probe.connect(self.path)
+            else:
+                socket.create_connection((self.host or "", self.port or 0), HEALTH_SECONDS).close()
+        except OSError as error:
+            return f"cannot connect to the engine at {self.url}: {error.strerror or error}"
+        return ""
 
 
 def engine_address(settings: Settings, environment: Mapping[str, str]) -> EngineAddress:
@@ -2111,12 +2144,14 @@ def engine_address(settings: Settings, environment: Mapping[str, str]) -> Engine
     folder = _docker_folder(environment)
     current = _docker_json(folder / "config.json").get("currentContext")
     context = environment.get("DOCKER_CONTEXT") or current or "default"
-    source, url = "--docker-host", settings.docker_host
-    if not url:
-        source, url = "DOCKER_HOST", environment.get("DOCKER_HOST")
-    if not url and context != "default":
+    if settings.docker_host:
+        address = _address("--docker-host", settings.docker_host)
+    elif url := environment.get("DOCKER_HOST"):
+        address = _address("DOCKER_HOST", url)
+    elif context != "default":
         return _context_address(folder / "contexts", context)
-    address = _address(source, url or DEFAULT_ENGINE)
+    else:
+        address = _address("the default", DEFAULT_ENGINE)
     verify, certificates = bool(environment.get("DOCKER_TLS_VERIFY")), environment.get("DOCKER_CERT_PATH")
     if not verify and not certificates and not environment.get("DOCKER_TLS"):
         return address
@@ -2132,7 +2167,6 @@ def _context_address(contexts: Path, name: str) -> EngineAddress:
     if not isinstance(endpoint, dict) or not isinstance(endpoint.get("Host", ""), str):
         raise StartError(f"{source} is in use, and {meta} names no engine")
     address = _address(source, endpoint.get("Host") or DEFAULT_ENGINE)
-    log.info("the engine is that of %s: %s", source, address.url)
     verify = not endpoint.get("SkipTLSVerify")
     if address.path or (verify and not os.access(certificates, os.F_OK)):
         return address
@@ -2144,7 +2178,7 @@ def _address(source: str, url: str) -> EngineAddress:
         path, host, port = _split_engine(_docker_host(url))
     except ValueError as error:
         raise UsageError(f"{source}: {error}") from error
-    return EngineAddress(path, host, port, None, url)
+    return EngineAddress(path, host, port, None, url, source)
 
 
 def _docker_folder(environment: Mapping[str, str]) -> Path:
@@ -3185,7 +3219,7 @@ class Runner:
 
     def _accept(self, request: RunRequest, key: str | None, digest: str) -> str:
         if self.stopping:
-            raise Unavailable("stopping", "lightrun is going down", DRAIN_SECONDS)
+            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         if not self._keeper.engine_up:
             raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
@@ -3279,7 +3313,7 @@ class Runner:
         finally:
             with self._lock:
                 job.clients -= 1
-                deserted = not job.clients and job.run.waited
+                deserted = not job.clients and job.run.waited and not job.dropped
             if deserted:
                 with contextlib.suppress(Conflict, NotFound):  # it has ended
                     self.ask(job.run.id, Ask("cancelled"))
@@ -3821,7 +3855,7 @@ class Stream:
         try:
             for piece in self._pieces:
                 if self._call.gone():
-                    break
+                    raise waitress.channel.ClientDisconnected
                 if piece:
                     return piece
         except (LogGap, LightrunError, OSError) as error:  # too late for a status: the connection just ends
@@ -3849,19 +3883,23 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
     return Answer(status, body, {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **headers})
 
 
+class Gone(Exception):
+    """There is nobody to answer any more, or no time to have an answer."""
+
+
 class Call:
     """One request to a route."""
 
-    def __init__(self, environ: dict[str, Any], query: dict[str, Any]) -> None:
-        self._environ, self.query = environ, query
+    def __init__(self, environ: dict[str, Any], query: dict[str, Any], ending: threading.Event) -> None:
+        self._environ, self.query, self._ending = environ, query, ending
 
     def header(self, name: str, default: Any = "") -> Any:
         """A header's text, the default when absent."""
         return self._environ.get("HTTP_" + name.upper().replace("-", "_"), default)
 
     def gone(self) -> bool:
-        """Whether the client has closed its side of the connection."""
-        return bool(self._environ["waitress.client_disconnected"]())
+        """Whether nobody may wait any longer: the client has closed its side of the connection, or lightrun ends."""
+        return self._ending.is_set() or bool(self._environ["waitress.client_disconnected"]())
 
     def json_body(self) -> bytes:
         """The raw body, which must call itself JSON. Raises UnsupportedMediaType."""
@@ -3883,6 +3921,7 @@ STOP_SCHEMA = {
         "grace": {"type": "integer", "minimum": 0, "maximum": 300_000, "default": 10_000, "description": "ms until SIGKILL"},
     },
 }  # fmt: skip
+HEALTHS = ["ok", "unavailable", "stopping"]
 STATUSES = ["running", "succeeded", "failed", "cancelled"]
 LOG_QUERY: dict[str, dict[str, Any]] = {
     "stream": {"type": "string", "enum": list(STREAMS.values())},
@@ -4065,7 +4104,7 @@ def openapi(settings: Settings) -> dict[str, Any]:
         "Artifacts": {"type": "array", "items": {"$ref": reference + "Artifact"}},
         "Accepted": _object("id status url", id=text, status={"enum": STATUSES}, url=text),
         "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
-        "Health": _object("status docker version runs", status={"enum": ["ok", "unavailable"]}, version=text, runs=numbers),
+        "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=text, runs=numbers),
         "Error": _object("error", error=text, message=text, details={"type": "array", "items": problem}),
         "Bytes": {"type": "string", "contentMediaType": "application/octet-stream"},
         "Any": {"type": "object"},
@@ -4116,6 +4155,7 @@ class Api:
         self._places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
         self._health_lock = threading.Lock()  # held while the engine is asked
         self._engine_about: dict[str, str] | None = None
+        self.ending = threading.Event()  # tells all who wait or stream that the time is up
         self._http_error: type[Exception] = bottle.HTTPError
         self._router = bottle.Bottle()
         self._router.router.add_filter("path", lambda _: (r"[\s\S]+", None, None))  # a name may hold a newline
@@ -4124,16 +4164,21 @@ class Api:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """WSGI (PEP 3333)."""
-        began = time.monotonic()
+        import waitress.channel
+
+        began, answer = time.monotonic(), Answer(499)  # as nginx calls it in its log: no client
         try:
             answer = self._answer(environ)
         except LightrunError as error:
             answer = json_answer(error.body(), error.status, **error.headers)
+        except Gone as error:
+            raise waitress.channel.ClientDisconnected from error
         except Exception:
             log.exception("%s %s", environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]))
             answer = json_answer({"error": LightrunError.code}, 500)
-        method, path, took = environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]), time.monotonic() - began
-        log.info("%s %s %s %d %.0f ms", environ["REMOTE_ADDR"], method, path, answer.status, took * 1000)
+        finally:
+            method, path, took = environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]), time.monotonic() - began
+            log.info("%s %s %s %d %.0f ms", environ["REMOTE_ADDR"], method, path, answer.status, took * 1000)
         if isinstance(answer.body, bytes) and answer.status not in {204, 304}:
             answer.headers["Content-Length"] = str(len(answer.body))
         write = start_response(f"{answer.status} {http.client.responses[answer.status]}", list(answer.headers.items()))
@@ -4141,16 +4186,31 @@ class Api:
             if not isinstance(answer.body, bytes):
                 answer.body.close()
             return []
-        if isinstance(answer.body, bytes):
-            return [answer.body]
-        if hasattr(answer.body, "read"):
-            return environ["wsgi.file_wrapper"](answer.body, COPY_BYTES)  # type: ignore[no-any-return]
+        body = self._spooled(answer.body) if isinstance(answer.body, bytes) else answer.body
+        if isinstance(body, bytes):
+            return [body]
+        if hasattr(body, "read"):
+            return environ["wsgi.file_wrapper"](body, COPY_BYTES)  # type: ignore[no-any-return]
         try:
             write(b"")  # the headers, which a follower of a silent run would otherwise wait for
         except BaseException:
-            answer.body.close()
+            body.close()
             raise
-        return answer.body
+        return body
+
+    def _spooled(self, body: bytes) -> bytes | IO[bytes]:
+        """A large answer as a file that has no name: thousands that nobody reads would fill the memory."""
+        if len(body) <= MAX_UNREAD_BYTES:
+            return body
+        with contextlib.ExitStack() as opened:
+            try:
+                file = opened.enter_context(tempfile.TemporaryFile(dir=self._settings.state_dir))
+                file.write(body)
+                file.seek(0)
+            except OSError:  # a full disk, say: who asks for the state of things must have it all the same
+                return body
+            opened.pop_all()
+            return file
 
     def _answer(self, environ: dict[str, Any]) -> Answer:
         try:
@@ -4164,7 +4224,7 @@ class Api:
         if environ["PATH_INFO"].endswith("\n") and "path" not in arguments:  # which the router's `$` lets pass
             raise NotFound("there is no such route")
         route: Route = found.callback
-        call = Call(environ, parse_query(environ.get("QUERY_STRING", ""), route.query))
+        call = Call(environ, parse_query(environ.get("QUERY_STRING", ""), route.query), self.ending)
         answer: Answer = getattr(self, route.handler)(call, **arguments)
         return answer
 
@@ -4188,10 +4248,10 @@ class Api:
             finally:
                 self._health_lock.release()
         running, queued = self._runner.counts()
-        about = {"version": __version__, "runs": {"running": running, "queued": queued}}
-        if self._engine_about is None:
-            return json_answer({"status": "unavailable", "docker": False, **about}, 503)
-        return json_answer({"status": "ok", "docker": True, **about, "engine": self._engine_about})
+        engine = self._engine_about
+        status = "stopping" if self._runner.stopping else "ok" if engine else "unavailable"
+        about = {"status": status, "docker": bool(engine), "version": __version__, "runs": {"running": running, "queued": queued}}
+        return json_answer({**about, **({"engine": engine} if engine else {})}, 200 if status == "ok" else 503)
 
     def openapi(self, call: Call) -> Answer:
         """GET /openapi.json"""
@@ -4209,6 +4269,8 @@ class Api:
             if EVENTS in call.header("Accept"):
                 return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
             self._wait(call, job, math.inf)
+            if job and not job.done.is_set():  # its client has gone, or lightrun goes
+                raise Gone
             return json_answer(job.state() if job else self._state(run_id))
 
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, bool]:
@@ -4246,7 +4308,7 @@ class Api:
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
-            if not started and (job is None or job.run.started):
+            if not started and (job is None or job.run.started or job.run.phase in {"running", "extracting"}):
                 started = True
                 yield {"event": "started"}
             if kept is None and not gap:
@@ -4400,8 +4462,13 @@ class Gate:
     """What is judged as soon as a request's headers are complete."""
 
     def __init__(self, tokens: Iterable[str], check_host: bool) -> None:
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
         self._check_host = check_host
+        self.closing = False  # then every answer is the last one of its connection
+        self.take(tokens)
+
+    def take(self, tokens: Iterable[str]) -> None:
+        """Know these tokens, and no others, from now on."""
+        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
 
     def judge(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
         """Status, body and headers of a refusal. `headers` as WSGI names them, their bytes as latin-1."""
@@ -4502,6 +4569,11 @@ def _channel_class(gate: Gate) -> type:
         parser_class = _parser_class(gate)
         _writing = False
 
+        def service(self) -> None:
+            if gate.closing:
+                self.requests[0].headers["CONNECTION"] = "close"
+            super().service()
+
         def write_soon(self, data: Any) -> int:
             self._writing = True
             try:
@@ -4512,7 +4584,7 @@ def _channel_class(gate: Gate) -> type:
         def _flush_outbufs_below_high_watermark(self) -> None:
             if self._writing:
                 super()._flush_outbufs_below_high_watermark()
-            elif self.total_outbufs_len > self.adj.outbuf_high_watermark:  # a client that pipelines and does not read
+            elif self.total_outbufs_len > MAX_UNREAD_BYTES:  # a client that pipelines and does not read
                 with self.requests_lock:
                     del self.requests[1:]
                 self.close_when_flushed = True
@@ -4523,17 +4595,29 @@ def _channel_class(gate: Gate) -> type:
 def listen(settings: Settings) -> socket.socket:
     """The socket to serve on: systemd's, a Unix one, or TCP. Raises StartError."""
     if os.environ.get("LISTEN_PID") == str(os.getpid()) and os.environ.get("LISTEN_FDS"):
-        if os.environ["LISTEN_FDS"] != "1":
-            raise StartError("systemd passes more than one socket")
-        return socket.socket(fileno=3)  # sd_listen_fds(3): SD_LISTEN_FDS_START
+        return _passed_socket(os.environ["LISTEN_FDS"])
+    place = settings.socket or f"{settings.host}:{settings.port}"
     try:
         if settings.socket:
             return _listen_unix(settings.socket, settings.socket_mode)
         family, *_, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
         return _bound(socket.socket(family), address)
     except (OSError, UnicodeError) as error:
-        place = settings.socket or f"{settings.host}:{settings.port}"
         raise StartError(f"cannot listen on {place}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _passed_socket(count: str) -> socket.socket:
+    """The socket that systemd passes; see sd_listen_fds(3) and systemd.socket(5). Raises StartError."""
+    if count != "1":
+        raise StartError(f"LISTEN_FDS is {count}: lightrun takes one socket of systemd")
+    try:
+        passed = socket.socket(fileno=3)
+        listens = passed.type == socket.SOCK_STREAM and passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise StartError(f"LISTEN_FDS: what systemd passes is not a socket: {error.strerror}") from error
+    if not listens or passed.family not in {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}:
+        raise StartError("LISTEN_FDS: what systemd passes must be a TCP or Unix socket that listens")
+    return passed
 
 
 def _listen_unix(path: Path, mode: int) -> socket.socket:
@@ -4562,58 +4646,161 @@ def _bound(sock: socket.socket, address: Any) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen(BACKLOG)
     except OSError:
         sock.close()
         raise
     return sock
 
 
+class Server:
+    """waitress on one socket: it pauses when it can accept no more connections, and it can end."""
+
+    def __init__(self, settings: Settings, sock: socket.socket, api: Api, gate: Gate) -> None:
+        import waitress.server
+
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % sys.maxsize  # -1 is no limit
+        self._resume = 0.0  # when to accept again, in monotonic seconds
+        self._told = -math.inf  # when it was last said that it pauses
+        server: Any = waitress.server.create_server(
+            api,
+            sockets=[sock],
+            threads=settings.max_waiting + CONTROL_THREADS,
+            connection_limit=min(MAX_CONNECTIONS, descriptors // 3),  # each may have a file as well, and runs need some
+            backlog=BACKLOG,
+            recv_bytes=64 * KIB,
+            max_request_body_size=settings.body_limit + 1,  # waitress refuses what is not below
+            max_request_header_size=MAX_HEADER_BYTES,
+            inbuf_overflow=MAX_UNREAD_BYTES,
+            outbuf_high_watermark=MAX_UNREAD_STREAM_BYTES,
+            ident=None,
+            log_socket_errors=False,  # of clients that vanish
+            asyncore_use_poll=True,  # select() fails on descriptors over 1023
+            channel_request_lookahead=1,  # so that a client that left is noticed
+        )
+        self._server = server
+        self._loop = threading.Thread(target=server.run, name="server", daemon=True)
+        server.adj.socket_options = [*server.adj.socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+        server.channel_class = _channel_class(gate)
+        server.accept, server.readable, server.maintenance = self._accept, self._readable, self._close_stalled
+
+    def start(self) -> None:
+        """Serve, on a thread of its own."""
+        self._loop.start()
+
+    def settle(self, until: float) -> bool:
+        """Wait (monotonic seconds) for the moment when nobody waits for an answer; whether it came."""
+        return self._reach(self._is_quiet, until)
+
+    def end(self, until: float) -> None:
+        """Accept no more connections, leave until then (monotonic seconds) to the last answers, and close everything. All
+        but the waiting is done by the thread of the loop, which then ends."""
+        server = self._server
+        server.trigger.pull_trigger(self._stop_accepting)
+        if not self._reach(lambda: not server.accepting and self._is_quiet(), until):
+            log.warning("some clients did not take their answers in time")
+        server.trigger.pull_trigger(self._close_all)
+        server.task_dispatcher.set_thread_count(0)
+        if self._reach(lambda: not (server.task_dispatcher.threads or self._loop.is_alive()), until):
+            server.trigger.close()  # which a thread that comes too late would still pull
+
+    @staticmethod
+    def _reach(condition: Callable[[], bool], until: float) -> bool:
+        while not (reached := condition()) and time.monotonic() < until:
+            time.sleep(SETTLE_POLL_SECONDS)
+        return reached
+
+    def _is_quiet(self) -> bool:
+        """Whether no request is being received, waits in a socket, or has an answer that is not sent."""
+        poll = select.poll()
+        for channel in list(self._server.active_channels.values()):
+            incoming = channel.request
+            if channel.requests or channel.total_outbufs_len or (incoming and incoming.headers_finished):
+                return False
+            with contextlib.suppress(TypeError, ValueError):  # it was closed just now
+                poll.register(channel.socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def _stop_accepting(self) -> None:
+        import waitress.wasyncore
+
+        for _ in range(BACKLOG):  # who has connected has a right to an answer
+            self._server.handle_accept()
+        waitress.wasyncore.dispatcher.close(self._server)
+
+    def _close_all(self) -> None:
+        for channel in list(self._server.active_channels.values()):
+            channel.handle_close()
+        self._server._map.clear()  # which ends the loop
+
+    def _readable(self) -> bool:
+        """Called once in each round of the loop: whether to accept connections."""
+        server, now = self._server, time.monotonic()
+        if now >= server.next_channel_cleanup:
+            server.next_channel_cleanup = now + server.adj.cleanup_interval
+            server.maintenance(time.time())
+        if len(server.active_channels) >= server.adj.connection_limit:
+            self._pause(f"{server.adj.connection_limit} are open")
+        return server.accepting and now >= self._resume
+
+    def _accept(self) -> Any:
+        import waitress.wasyncore
+
+        try:
+            return waitress.wasyncore.dispatcher.accept(self._server)
+        except OSError as error:
+            if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}:
+                self._pause(str(error.strerror))
+            return None  # or it was the connection's fault: accept(2)
+
+    def _pause(self, why: str) -> None:
+        now = time.monotonic()
+        self._resume = now + ACCEPT_PAUSE_SECONDS
+        if now > self._told + COMPLAIN_SECONDS:
+            self._told = now
+            log.warning("new connections must wait: %s", why)
+
+    def _close_stalled(self, now: float) -> None:
+        """waitress's regular look at its connections, and an end for those whose full buffer nobody reads: each would hold
+        the thread that fills it."""
+        server = self._server
+        type(server).maintenance(server, now)
+        for channel in server.active_channels.values():
+            full = channel.total_outbufs_len > server.adj.outbuf_high_watermark
+            if full and channel.last_activity < now - server.adj.channel_timeout:
+                channel.will_close = True
+
+
 class Daemon:
     """Everything, put together. Several fit in one process."""
 
     def __init__(self, settings: Settings) -> None:
-        tokens = settings.tokens()
+        tokens, engine_is = settings.tokens(), engine_address(settings, os.environ)
         self._settings = settings
-        self._store = Store(settings.state_dir)
-        _claim_artifacts_dir(settings.artifacts_root(), self._store.id)
-        self._engine = Engine(settings, self._store.id)
-        try:
-            self._engine.check_limits()
-        except EngineError as error:
-            log.warning("%s; serving all the same", error)
-        evictor = Evictor(self._store, settings)
-        self._runner = Runner(settings, self._store, self._engine, evictor, Callbacks(self._store, settings.callback_allow))
         self._socket = listen(settings)
-        self._store.tidy(settings.artifacts_root())
-        self._runner.recover()
-        loopback = self._socket.family == socket.AF_UNIX or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._remove_socket)
+            self._store = Store(settings.state_dir)
+            _claim_artifacts_dir(settings.artifacts_root(), self._store.id)
+            self._engine = Engine(settings, self._store.id)
+            try:
+                self._engine.check_limits()
+            except EngineError as error:
+                log.warning("%s; serving all the same", engine_is.trouble() or error)
+            evictor = Evictor(self._store, settings)
+            callbacks = Callbacks(self._store, settings.callback_allow)
+            self._runner = Runner(settings, self._store, self._engine, evictor, callbacks)
+            local = self._socket.family == socket.AF_UNIX
+            loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
+            self._gate = Gate(tokens, check_host=not tokens and loopback and not local)
+            self._api = Api(settings, self._store, self._engine, self._runner, evictor)
+            self._server = Server(settings, self._socket, self._api, self._gate)
+            self._store.tidy(settings.artifacts_root())
+            self._runner.recover()
+            undo.pop_all()
+        self._about = f"lightrun {__version__} serves on {self.address}, with the engine at {engine_is.url} ({engine_is.source})"
         if not tokens:
             log.log(logging.INFO if loopback else logging.WARNING, "no --token: whoever can connect can run containers")
-        gate = Gate(tokens, check_host=not tokens and loopback and self._socket.family != socket.AF_UNIX)
-        self._server = self._make_server(Api(settings, self._store, self._engine, self._runner, evictor), gate)
-
-    def _make_server(self, api: Api, gate: Gate) -> Any:
-        import waitress.server
-
-        server: Any = waitress.server.create_server(
-            api,
-            sockets=[self._socket],
-            threads=self._settings.max_waiting + CONTROL_THREADS,
-            connection_limit=MAX_CONNECTIONS,
-            backlog=1024,
-            recv_bytes=64 * KIB,
-            max_request_body_size=self._settings.body_limit + 1,  # waitress refuses what is not below
-            max_request_header_size=MAX_HEADER_BYTES,
-            outbuf_high_watermark=512 * KIB,  # what waits for a slow reader of a stream, in memory
-            outbuf_overflow=2 * MIB,  # what is larger, an answer with a long log, waits in a temporary file
-            ident=None,
-            asyncore_use_poll=True,  # select() fails on descriptors over 1023
-            channel_request_lookahead=1,  # so that a client that left is noticed
-        )
-        server.channel_class = _channel_class(gate)
-        server.adj.socket_options = [*server.adj.socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-        server.maintenance = functools.partial(_close_stalled, server)
-        return server
 
     @property
     def address(self) -> str:
@@ -4625,43 +4812,58 @@ class Daemon:
 
     def start(self) -> None:
         """Serve from threads of its own."""
-        threading.Thread(target=self._server.run, name="server", daemon=True).start()
-        log.info("lightrun %s serves on %s", __version__, self.address)
+        self._server.start()
+        log.info("%s", self._about)
+
+    def reload(self) -> None:
+        """Read the token file again; a bad one changes nothing."""
+        path = self._settings.token_file
+        if path is None or not path.is_file():  # a pipe, say, that was read to its end
+            log.warning("SIGHUP is ignored: there is no --token-file to read again")
+            return
+        try:
+            self._gate.take(self._settings.tokens())
+            log.info("%s was read again", path)
+        except UsageError as error:
+            log.error("%s; the tokens stay as they were", error)
 
     def stop(self) -> None:
-        """Take no more runs, let clients that wait have their results, and let go of everything."""
-        self._runner.stop(time.monotonic() + DRAIN_SECONDS)
-        time.sleep(0.1)  # the last answers are on their way
+        """Take no more runs, let clients that wait have their results, and let go of everything. All that takes at most
+        --drain, what Runner.stop allows for the ends of runs that it kills, and twice LAST_ANSWERS_SECONDS: to tell them,
+        and then to tell those who wait for runs that go on."""
+        deadline = time.monotonic() + self._settings.drain
+        self._runner.refuse()
+        self._gate.closing = True
+        self._runner.stop(deadline)
+        self._server.settle(max(deadline, time.monotonic() + LAST_ANSWERS_SECONDS))
+        self._api.ending.set()
+        self._remove_socket()
+        self._server.end(time.monotonic() + LAST_ANSWERS_SECONDS)
+        self._store.close()
+
+    def _remove_socket(self) -> None:
+        """While it still listens: a dead one may be another daemon's already."""
         if self._settings.socket and self._socket.getsockname() == str(self._settings.socket):  # not systemd's
             with contextlib.suppress(OSError):
                 self._settings.socket.unlink()
-        self._socket.close()
-        self._store.close()
-
-
-def _close_stalled(server: Any, now: float) -> None:
-    """waitress's regular look at its connections, and an end for those whose full buffer nobody reads: each would hold the
-    thread that fills it."""
-    type(server).maintenance(server, now)
-    for channel in server.active_channels.values():
-        full = channel.total_outbufs_len > server.adj.outbuf_high_watermark
-        if full and channel.last_activity < now - server.adj.channel_timeout:
-            channel.will_close = True
 
 
 def _claim_artifacts_dir(root: Path, state_id: str) -> None:
     """Make the artifacts dir this state dir's own. Raises StartError for one that belongs to somebody else."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     marker, fresh = root / ".lightrun", root / ".lightrun.new"
     try:
-        owner = marker.read_text("utf-8").strip()
-    except FileNotFoundError:
-        if any(path != fresh for path in root.iterdir()):
-            raise StartError(f"{root} holds other files; an artifacts dir must be empty or lightrun's own") from None
-        fresh.write_text(state_id, "utf-8")
-        fresh.rename(marker)
-        return
-    if owner != state_id:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if marker.exists():
+            owner = small_file(marker).strip()
+        elif any(path != fresh for path in root.iterdir()):
+            raise StartError(f"{root} holds other files; an artifacts dir must be empty or lightrun's own")
+        else:
+            owner = state_id.encode()
+            fresh.write_bytes(owner)
+            fresh.rename(marker)
+    except OSError as error:
+        raise StartError(f"the artifacts dir cannot be used: {error.filename}: {error.strerror}") from error
+    if owner != state_id.encode():
         raise StartError(f"{root} belongs to another state dir")
 
 
@@ -4685,13 +4887,87 @@ class JsonFormatter(TextFormatter):
         return to_json(line).decode()
 
 
-def _set_up_logging(log_format: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class LogWriter(logging.Handler):
+    """Standard error, written by a thread of its own: whoever reads it may stop, and would then hold every thread that has
+    something to say. What finds no room, or cannot be written, is counted; the count is told when there is room again."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._changed = threading.Condition()  # guards all below
+        self._lines: collections.deque[str] = collections.deque()
+        self._size = self._lost = 0  # characters that wait or are being written, lines that nobody will see
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        try:
+            line = self.format(record)
+        except Exception:
+            line = f"a line of the log cannot be written: {record.msg!r}"
+        with self._changed:
+            if self._size + len(line) > MAX_LOG_CHARACTERS:
+                self._lost += 1
+            else:
+                self._size += len(line)
+                self._lines.append(line)
+                self._changed.notify()
+
+    def close(self) -> None:
+        """Leave what is queued a moment to be written."""
+        with self._changed:
+            first, self._closed = not self._closed, True
+            self._changed.notify()
+        if first:
+            self._thread.join(LOG_FLUSH_SECONDS)
+        super().close()
+
+    def _work(self) -> None:
+        words = "%d lines of the log were lost: nobody took them"
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._lines or self._closed)
+                if not self._lines:
+                    return
+                line = self._lines.popleft()
+            written = self._write(line)
+            with self._changed:
+                self._size -= len(line)
+                self._lost += not written
+                lost = self._lost if written and self._size < MAX_LOG_CHARACTERS // 2 else 0
+            if lost and self._write(self.format(log.makeRecord(log.name, logging.WARNING, "", 0, words, (lost,), None))):
+                with self._changed:
+                    self._lost -= lost
+
+    def _write(self, line: str) -> bool:
+        left = memoryview((line + "\n").encode("utf-8", "backslashreplace"))
+        while left:
+            try:
+                left = left[os.write(self._descriptor, left) :]
+            except BlockingIOError:  # another process has made the terminal or pipe so
+                poll = select.poll()
+                poll.register(self._descriptor, select.POLLOUT)
+                poll.poll()
+            except OSError:
+                return False
+        return True
+
+
+def _set_up_logging(log_format: str) -> LogWriter:
+    """Everything that any library, or the end of a thread, has to say goes to one handler, which this returns."""
+    logging.raiseExceptions = False
+    handler = LogWriter(2)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     log.setLevel(logging.INFO)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # its depth warning is our way of working
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    threading.excepthook = lambda ended: log.error(
+        "a thread broke", exc_info=(ended.exc_type, ended.exc_value or ended.exc_type(), ended.exc_traceback)
+    )
+    return handler
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -4703,6 +4979,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as SPEC 4 has it."""
         self.exit(2, f"lightrun: {message}\n")
+
+
+NEVER_EMPTY = {"token", "token_file"}  # an empty variable counts as absent, but must not open the server by mistake
 
 
 def variable_of(name: str) -> str:
@@ -4732,57 +5011,83 @@ def read_settings(options: Mapping[str, Any], environment: Mapping[str, str]) ->
     """Settings from parsed options and variables. Raises UsageError."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Settings):
-        source, text = "--" + field.name.replace("_", "-"), options.get(field.name)
-        many = isinstance(field.default, tuple)
-        if text is None and (text := environment.get(variable_of(field.name))) is not None:
-            source = variable_of(field.name)
-            text = [part.strip() for part in text.split(",")] if many else text
+        name, many = field.name, isinstance(field.default, tuple)
+        source, text, given = "--" + name.replace("_", "-"), options.get(name), environment.get(variable_of(name))
+        if text is None and (given or (given is not None and name in NEVER_EMPTY)):
+            source, text = variable_of(name), [part.strip() for part in given.split(",")] if many else given
+        if text is None and name == "state_dir":
+            text = str(field.default)  # to expand its "~"
         if text is None:
             continue
         try:
             cast = field.metadata["cast"]
-            values[field.name] = tuple(map(cast, text)) if many else cast(text)
+            values[name] = tuple(map(cast, text)) if many else cast(text)
         except ValueError as error:
             raise UsageError(f"{source}: {error}") from error
-    values.setdefault("state_dir", Path("~/.light-run").expanduser())
     return Settings(**values)
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; a second one ends it at once."""
-    _set_up_logging(settings.log_format)
+    """Serve until SIGTERM or SIGINT; a second one ends it at once. SIGHUP has the tokens read again."""
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    ending = threading.Event()
+
+    def tell(number: int, _frame: Any) -> None:
+        if number != signal.SIGHUP:
+            if ending.is_set():
+                os._exit(1)
+            ending.set()
+        signals.put(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, tell)
+    with contextlib.closing(_set_up_logging(settings.log_format)):
+        _set_up_process()
+        daemon = Daemon(settings)
+        daemon.start()
+        while signals.get() == signal.SIGHUP:
+            daemon.reload()
+        log.info("going down")
+        daemon.stop()
+    return 0
+
+
+def _set_up_process() -> None:
+    """Limits of the process. Raises StartError when it may not open enough files."""
     with contextlib.suppress(OSError, AttributeError):  # glibc: else hundreds of threads each hoard what they freed
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    daemon = Daemon(settings)
-    told = threading.Event()
+    with contextlib.suppress(OSError, ValueError):  # more than fs.nr_open, say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= descriptors < MIN_DESCRIPTORS:
+        raise StartError(f"at most {descriptors} open files (ulimit -n) are too few: {MIN_DESCRIPTORS} are needed")
 
-    def tell(_number: int, _frame: Any) -> None:
-        if told.is_set():
-            os._exit(1)
-        told.set()
 
-    daemon.start()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, tell)
-    told.wait()
-    log.info("going down")
-    daemon.stop()
-    return 0
+def _open_standard_streams() -> None:
+    """Whatever is closed becomes /dev/null: a database must not get the number of standard error."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w", closefd=False), sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command `lightrun`; its exit code."""
+    _open_standard_streams()
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]  # "~" would be "/"
     options = vars(_parser().parse_args(argv))
     try:
         return serve(read_settings(options, os.environ))
-    except UsageError as error:
-        print(f"lightrun: {error}", file=sys.stderr)
-        return 2
-    except (LightrunError, OSError) as error:
-        print(f"lightrun: {error}", file=sys.stderr)
-        return 1
+    except LightrunError as error:
+        code, why = 2 if isinstance(error, UsageError) else 1, str(error)
+    except OSError as error:
+        code, why = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except RuntimeError as error:  # a limit of threads
+        code, why = 1, str(error)
+    print(f"lightrun: {why}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

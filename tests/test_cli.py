@@ -5,6 +5,7 @@ How each option is read is tested in test_requests.py, without a process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -27,6 +28,7 @@ import pytest
 import lightrun
 from conftest import KEPT_VARIABLES, ROOT, DaemonFactory, eventually, free_port
 from engine import IMAGE
+from relay import Relay
 
 README = (ROOT / "README.md").read_text("utf-8")
 FIELDS = dataclasses.fields(lightrun.Settings)
@@ -125,17 +127,17 @@ class Ended:
         return self.err.strip()
 
 
-Command = Callable[..., Ended]
+Command = Callable[..., Ended]  # with arguments; `before` is put before the command, other keywords are variables
 
 
 @pytest.fixture
 def command(pyz: Path, tmp_path: Path) -> Command:
     """Run lightrun with arguments to its end; keywords are variables of its environment."""
 
-    def run(*arguments: str, python: tuple[str, ...] = QUIET, **variables: str) -> Ended:
+    def run(*arguments: str, python: tuple[str, ...] = QUIET, before: tuple[str, ...] = (), **variables: str) -> Ended:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment = {**kept, "HOME": str(tmp_path), "COLUMNS": "500", **variables}
-        line = [sys.executable, *python, str(pyz), *arguments]
+        line = [*before, sys.executable, *python, str(pyz), *arguments]
         done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
         return Ended(done.returncode, done.stdout, done.stderr)
 
@@ -146,8 +148,9 @@ def command(pyz: Path, tmp_path: Path) -> Command:
 def serve(command: Command, tmp_path: Path) -> Command:
     """Run `lightrun serve` on a free port and a state dir of its own, expecting that it does not start."""
 
-    def run(*arguments: str, **variables: str) -> Ended:
-        return command("serve", "--port", "0", "--state-dir", str(tmp_path / "state"), *arguments, **variables)
+    def run(*arguments: str, before: tuple[str, ...] = (), **variables: str) -> Ended:
+        options = ("--port", "0", "--state-dir", str(tmp_path / "state"))
+        return command("serve", *options, *arguments, before=before, **variables)
 
     return run
 
@@ -196,7 +199,7 @@ def test_help_is_quick(command: Command) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--port", "http"), ("--memory", "1k"), ("--pull-timeout", "5"), ("--log-format", "xml"), ("--allow-image", "")],
+    [("--port", "http"), ("--memory", "1k"), ("--pull-timeout", "5"), ("--log-format", "xml"), ("--allow-image", " ")],
 )
 def test_a_bad_value_is_one_line_and_code_2(command: Command, option: str, value: str) -> None:
     variable = "LIGHT_RUN_" + option.strip("-").replace("-", "_").upper()
@@ -285,11 +288,186 @@ def test_a_state_dir_that_holds_no_database(serve: Command, tmp_path: Path) -> N
     assert str(tmp_path / "state") in done.line()
 
 
-def test_a_state_dir_that_is_a_file(serve: Command, tmp_path: Path) -> None:
-    (tmp_path / "state").write_text("mine")
-    done = serve()
+CONFIG = ".docker/config.json"
+CLOSED = "unix:///nowhere/engine"
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "code", "said"),
+    [
+        # Values that are none
+        ({"LIGHT_RUN_TOKEN": ""}, [], 2, "LIGHT_RUN_TOKEN: must be"),
+        ({"LIGHT_RUN_TOKEN_FILE": ""}, [], 2, "LIGHT_RUN_TOKEN_FILE: must be"),
+        ({"LIGHT_RUN_MEMORY": "\udcff"}, [], 2, "LIGHT_RUN_MEMORY: must be"),
+        ({}, ["--host", "\udcff"], 2, "--host: must be"),
+        ({}, ["\udcff"], 2, "unrecognized arguments"),
+        ({}, ["--state-dir", "~nosuchuser/state"], 2, "--state-dir: names a home"),
+        ({"LIGHT_RUN_SOCKET": "~nosuchuser/s"}, [], 2, "LIGHT_RUN_SOCKET: names a home"),
+        ({}, ["--token-file", "/nowhere"], 2, "--token-file: cannot be read: No such file"),
+        ({}, ["--token-file", "/etc"], 2, "--token-file: cannot be read: Is a directory"),
+        ({}, ["--token-file", "/dev/zero"], 2, "--token-file: cannot be read: File too large"),
+        ({}, ["--token-file", "/dev/null"], 2, "--token-file: holds no token"),
+        ({}, ["--token-file", "/bin/sh"], 2, "--token-file: cannot be read: not UTF-8"),
+        ({}, ["--drain=-1s"], 2, "--drain: must be"),
+        # Where the engine is
+        ({"DOCKER_HOST": "ssh://me@far"}, [], 2, "DOCKER_HOST: must be unix:///path or tcp://host:port"),
+        ({"DOCKER_HOST": "\udcff"}, [], 2, "DOCKER_HOST: must be"),
+        ({"LIGHT_RUN_DOCKER_HOST": "npipe:////./pipe/x"}, [], 2, "LIGHT_RUN_DOCKER_HOST: must be"),
+        ({"DOCKER_CERT_PATH": "/nowhere"}, [], 1, "/nowhere/cert.pem cannot be read: No such file"),
+        ({"DOCKER_TLS_VERIFY": "1", "DOCKER_HOST": "tcp://127.0.0.1:1"}, [], 1, ".docker/ca.pem cannot be read: No such file"),
+        ({"DOCKER_CONTEXT": "gone"}, [], 1, "the Docker context 'gone' is in use"),
+        ({CONFIG: "[]"}, [], 1, f"{CONFIG} is not a configuration"),
+        ({CONFIG: "{"}, [], 1, f"{CONFIG} is not JSON"),
+        ({CONFIG: '{"currentContext": "gone"}'}, [], 1, "the Docker context 'gone' is in use"),
+        # Places to keep things
+        ({}, ["--state-dir", "/etc/passwd"], 1, "/etc/passwd"),
+        ({}, ["--state-dir", "/etc/passwd/below"], 1, "/etc/passwd/below"),
+        ({}, ["--state-dir", "/proc/nowhere"], 1, "/proc/nowhere"),
+        ({}, ["--artifacts-dir", "/etc/passwd"], 1, "/etc/passwd: File exists"),
+        ({}, ["--artifacts-dir", "/proc/nowhere"], 1, "/proc/nowhere: No such file"),
+        ({"artifacts/.lightrun": "\udcff"}, ["--artifacts-dir", "artifacts"], 1, "artifacts belongs to another state dir"),
+        ({"artifacts/.lightrun/x": ""}, ["--artifacts-dir", "artifacts"], 1, "artifacts/.lightrun: Is a directory"),
+        # Where to listen
+        ({}, ["--socket", "/nowhere/s"], 1, "cannot listen on /nowhere/s: No such file"),
+        ({}, ["--socket", "/" + "x" * 107], 1, "path too long"),
+        ({}, ["--host", "x" * 70], 1, "cannot listen on xxx"),
+    ],
+)
+@pytest.mark.usefixtures("engine_api")
+def test_reasons_not_to_start(
+    serve: Command, tmp_path: Path, environment: dict[str, str], options: list[str], code: int, said: str
+) -> None:
+    """A name with a dot in `environment` is that of a file in the home, which is the working folder as well."""
+    for name in filter(lambda name: "." in name, environment):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(os.fsencode(environment[name]))
+    done = serve(*options, **{name: text for name, text in environment.items() if "." not in name})
+    assert (done.code, said in done.line()) == (code, True), done.line()
+
+
+# Nobody's account: without a name and a home, but allowed to read this Python.
+NOBODY = ("setpriv", "--reuid=54321", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
+# Root that may not do everything.
+TAMED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "said"),
+    [
+        ((*NOBODY, "prlimit", "--nproc=40"), [], "can't start new thread"),
+        ((*NOBODY, "prlimit", "--nproc=1"), [], "can't start new thread"),
+        (("prlimit", "--nofile=64"), [], "at most 64 open files"),
+        (("prlimit", "--fsize=0"), [], "state: disk I/O error"),
+        (NOBODY, ["--port", "80"], "cannot listen on 127.0.0.1:80: Permission denied"),
+        ((*TAMED, "sh", "-c", 'mkdir -m 0 shut; exec "$@"', "sh"), ["--state-dir", "shut/s"], "shut/s"),
+        ((*TAMED, "sh", "-c", 'mkdir -m 0 shut; exec "$@"', "sh"), ["--artifacts-dir", "shut/a"], "shut/a: Permission denied"),
+        ((*TAMED, "sh", "-c", 'mkdir -m 0 shut; exec "$@"', "sh"), ["--socket", "shut/s"], "shut/s: Permission denied"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("engine_api")
+def test_what_the_system_refuses(serve: Command, before: tuple[str, ...], options: list[str], said: str) -> None:
+    done = serve(*options, before=before)
     assert done.code == 1
-    assert str(tmp_path / "state") in done.line()
+    assert said in done.line()
+
+
+def test_the_folder_that_one_is_in_has_gone(command: Command) -> None:
+    gone = ("sh", "-c", 'mkdir gone; cd gone; rmdir ../gone; exec "$@"', "sh")
+    done = command("serve", "--state-dir", "state", before=gone)
+    assert (done.code, "relative to a folder that has gone" in done.line()) == (2, True)
+
+
+def test_a_user_without_a_home_must_say_where(command: Command) -> None:
+    done = command("serve", before=(*NOBODY, "env", "-u", "HOME"))
+    assert (done.code, "--state-dir: names a home" in done.line()) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["closed", "file", "datagram", "connected", "bound", "two", "words"])
+def test_what_systemd_should_not_pass(pyz: Path, tmp_path: Path, kind: str) -> None:
+    passed: Any
+    if kind == "file":
+        passed = (tmp_path / "file").open("w")
+    elif kind == "datagram":
+        passed = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    elif kind == "connected":
+        passed, other = socket.socketpair()
+        other.close()
+    else:
+        passed = socket.socket(socket.AF_UNIX)
+        passed.bind(str(tmp_path / "s"))
+    script = 'exec 3<&"$1"; shift; LISTEN_PID=$$ exec "$@"' if kind != "closed" else 'shift; LISTEN_PID=$$ exec "$@" 3<&-'
+    count = {"two": "2", "words": "one"}.get(kind, "1")
+    line = [sys.executable, str(pyz), "serve", "--state-dir", str(tmp_path / "state")]
+    with passed:
+        done = subprocess.run(
+            ["bash", "-c", script, "bash", str(passed.fileno()), *line], env={"PATH": os.environ["PATH"], "LISTEN_FDS": count},
+            pass_fds=[passed.fileno()], capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "LISTEN_FDS" in done.stderr
+
+
+# ---------------------------------------------------------------- What is no reason not to start
+
+
+EMPTY = ("HOST", "PORT", "SOCKET", "BODY_LIMIT", "STATE_DIR", "MEMORY", "ALLOW_IMAGE", "DOCKER_HOST", "LOG_FORMAT", "DRAIN")
+DOCKER = ("DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG", "DOCKER_CERT_PATH", "DOCKER_TLS_VERIFY", "LISTEN_FDS")
+
+
+def test_empty_variables_count_as_absent(daemon: DaemonFactory) -> None:
+    started = daemon(env={**{f"LIGHT_RUN_{name}": "" for name in EMPTY}, **dict.fromkeys(DOCKER, "")})
+    assert started.run(entrypoint="true", network="none")["reason"] == "exited"
+
+
+def test_a_user_without_a_home(daemon: DaemonFactory) -> None:
+    """One that has no name either, so that nothing tells where `~` is; it is not needed."""
+    started = daemon(start=False)
+    started.command = [*NOBODY, "env", "-u", "HOME", *started.command]
+    started.start()
+    assert started.run(entrypoint="true", network="none")["reason"] == "exited"
+
+
+def test_an_empty_home_is_none(daemon: DaemonFactory) -> None:
+    """Else `~` would be `/`."""
+    started = daemon(env={"HOME": ""}, start=False)
+    started.command = [*NOBODY, *started.command[: started.command.index("--state-dir")]]
+    with (started.folder / "log").open("wb") as written:
+        assert subprocess.run(started.command, env=started.env, stderr=written, timeout=30).returncode == 2
+    assert "--state-dir: names a home" in started.log()
+
+
+def test_an_engine_socket_that_may_not_be_opened(daemon: DaemonFactory, tmp_path: Path) -> None:
+    path = tmp_path / "engine"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        path.chmod(0)
+        started = daemon("--docker-host", f"unix://{path}", start=False)
+        started.command = [*TAMED, *started.command]
+        started.start()
+        assert f"cannot connect to the engine at unix://{path}: Permission denied" in started.log()
+        assert started.request("GET", "/health").json()["status"] == "unavailable"
+
+
+@pytest.mark.parametrize("source", ["config", "variable"])
+def test_a_context_in_use_is_honoured(daemon: DaemonFactory, source: str) -> None:
+    """It leads to the engine that the tests use, the variable that names none would not."""
+    url = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    started = daemon(env={"DOCKER_CONTEXT": "far" if source == "variable" else "", "DOCKER_HOST": ""}, start=False)
+    _docker_files(started.home, config=USED if source == "config" else b"{}", meta=_meta(url))
+    started.start()
+    assert started.run(entrypoint="true", network="none")["reason"] == "exited"
+    assert f"with the engine at {url} (the Docker context 'far')" in started.log()
+
+
+def test_proxies_are_none_of_the_engines(daemon: DaemonFactory) -> None:
+    """An engine on TCP, beside variables that send every request elsewhere."""
+    with contextlib.closing(Relay(socket.create_server(("127.0.0.1", 0)))) as relay:
+        proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"), "http://127.0.0.1:1")
+        started = daemon("--docker-host", relay.url, env=proxies)
+        assert started.run(entrypoint="true", network="none")["reason"] == "exited"
+        assert "serving all the same" not in started.log()
+        started.stop()
 
 
 # ---------------------------------------------------------------- Where the engine is

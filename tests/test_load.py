@@ -299,6 +299,60 @@ def test_memory_is_flat_over_many_lists(daemon: DaemonFactory) -> None:
     end(lightrun, busy)
 
 
+@pytest.mark.parametrize("path", ["", "/logs"])
+def test_answers_that_nobody_reads_wait_on_disk(daemon: DaemonFactory, path: str) -> None:
+    lightrun = daemon()
+    run = lightrun.run(entrypoint=f"head -c {MIB} /dev/zero | tr '\\0' x", network="none")["id"]
+    whole = lightrun.request("GET", f"/runs/{run}{path}").body
+    with connections(lightrun, 20, get(f"/runs/{run}{path}")):
+        time.sleep(1)
+    before = rss(lightrun)
+    with connections(lightrun, 300, get(f"/runs/{run}{path}")) as readers:
+        assert all(reader.recv(12, socket.MSG_PEEK | socket.MSG_WAITALL) == b"HTTP/1.1 200" for reader in readers)
+        assert_control_routes_answer(lightrun, run)
+        assert rss(lightrun) - before < 100 * MIB
+        assert answer(readers[0]).body == answer(readers[-1]).body == whole
+    assert not [entry for entry in lightrun.state_dir.iterdir() if entry.name.startswith("tmp")]
+
+
+# ---------------------------------------------------------------- Descriptors
+
+
+def test_without_descriptors_connections_wait(daemon: DaemonFactory) -> None:
+    """None is lost, the log says it once, and what is connected is served."""
+    lightrun = daemon()
+    process = psutil.Process(lightrun.pid)
+    with connections(lightrun, 1) as [connected]:
+        most, (_, hard) = process.num_fds() + 5, resource.prlimit(lightrun.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(lightrun.pid, resource.RLIMIT_NOFILE, (most, hard))
+        with connections(lightrun, 30, get("/runs")) as waiting:
+            assert eventually(lambda: process.num_fds() >= most)
+            size, spent = len(lightrun.log()), sum(process.cpu_times()[:2])
+            time.sleep(3)
+            assert len(lightrun.log()) - size < 3000
+            assert sum(process.cpu_times()[:2]) - spent < 1.5
+            connected.sendall(get("/runs"))
+            assert answer(connected).status == 200
+            assert lightrun.log().count("new connections must wait: Too many open files") == 1
+            resource.prlimit(lightrun.pid, resource.RLIMIT_NOFILE, (hard, hard))
+            assert [answer(each).status for each in waiting] == [200] * 30
+    assert lightrun.run(entrypoint="true", network="none")["status"] == "succeeded"
+
+
+def test_no_more_connections_than_descriptors_allow(daemon: DaemonFactory) -> None:
+    """Those that are too many wait for their turn."""
+    lightrun = daemon(start=False)
+    lightrun.command = ["prlimit", "--nofile=300", *lightrun.command]
+    lightrun.start()
+    with connections(lightrun, 100) as idle, connections(lightrun, 20, get("/runs")) as late:
+        assert eventually(lambda: "new connections must wait: 100 are open" in lightrun.log())
+        for connection in idle:
+            connection.close()
+        assert [answer(connection).status for connection in late] == [200] * 20
+        assert lightrun.run(entrypoint="true", network="none")["status"] == "succeeded"
+    assert lightrun.log().count("new connections must wait") == 1
+
+
 # ---------------------------------------------------------------- Bursts
 
 
