@@ -115,13 +115,13 @@ def test_an_unfinished_run_can_be_taken_up_again(tmp_path: Path) -> None:
     finished(store, "over")
     store.add(run_named("one"), request=b"body")
     store.begin("one")
-    store.ask("one", "asked")
+    store.ask("one", lambda before: f"asked after {before}")
     store.add(run_named("two", waited=True))
     store.fed("two")
     store.close()
     again = Store(tmp_path)
     rows = [(json.loads(head)["id"], *marks) for head, *marks in again.unfinished()]
-    assert rows == [("one", 0, 1, 0, "asked"), ("two", 1, 0, 1, None)]
+    assert rows == [("one", 0, 1, 0, "asked after None"), ("two", 1, 0, 1, None)]
     assert (again.request("one"), again.request("two")) == (b"body", None)
     again.finish(run_named("one", reason="lost"), b"")
     assert again.request("one") is None
