@@ -1306,7 +1306,7 @@ class FrameReader:
             else:
                 stream, left = FRAME.unpack_from(data, at)
                 self.garbled = data[at + 1 : at + 4] != b"\0\0\0" or left > MAX_FRAME_BYTES
-                self.weight += ENTRY_BYTES + left
+                self.weight += 0 if self.garbled else ENTRY_BYTES + left
                 at += FRAME.size
         self._header, self._stream, self._left = b"" if self.garbled else data[at:], stream, left
 
@@ -1489,7 +1489,9 @@ class Log:
         self._known = dict.fromkeys(STREAMS, 0)  # of these, how many the engine's copy has yet to repeat
         self._expected = dict.fromkeys(STREAMS, b"")  # what is kept of these
         self._repeated = dict.fromkeys(STREAMS, b"")  # the end of what it has repeated
-        self._copying, self._agrees, self._news = False, True, False  # whether what comes is the copy, never differed, told more
+        self._copying = self._lost = False  # whether what comes is the copy, and the program ran on without its stream
+        self._agrees, self._rotated, self._doubt = True, False, False  # of the copy: never differed; may lack its beginning
+        self._news = False  # it told something that was not taken before
         self._spool = Spool(folder)
         self._followers: dict[object, int] = {}  # how far each has read
         self._ended = False
@@ -1514,28 +1516,49 @@ class Log:
                 self._taken[stream] += len(payload)
                 if self._followers:
                     fresh += FRAME.pack(stream, len(payload)), payload
-            if self._reader.garbled or (self._news and (self._rotated or not self._agrees)):
+            if self._reader.garbled:
                 self._gap()
+            if self._copying and self._reader.weight > (COPY_FACTOR - 1) * self._limit:
+                self._reader.weight, self._rotated, self._doubt = 0, True, True
+            self._judge()
             self.truncated = self.truncated or max(self._taken.values()) > self._limit
             self._tell(b"".join(fresh))
 
-    @property
-    def _rotated(self) -> bool:
-        """Whether the engine's copy may have lost its beginning."""
-        return self._copying and self._reader.weight > (COPY_FACTOR - 1) * self._limit
+    def _judge(self) -> None:
+        """A copy that is not what was expected is only a shorter one when the program has ended. When it runs on, or the copy
+        tells more, there may be a hole: the copy is the log from here on."""
+        if self._doubt and (self._lost or self._news):
+            self._gap()
+            self._doubt, self._news = False, True
+            if any(self._known.values()):
+                self._kept = Kept(self._limit)
+                for stream in STREAMS:
+                    self._taken[stream] -= self._known[stream]
+                    self._known[stream], self._expected[stream] = 0, b""
+
+    def lost(self) -> None:
+        """The program runs on without the stream that brought its output."""
+        with self._changed:
+            self._lost = True
+            self._judge()
 
     @property
     def missed(self) -> bool:
         """Whether the engine's copy told something that the stream before it did not: more, or another end of a copy that
         may lack its beginning. That it has less is no sign: some engines lose the end of a long line."""
-        ends = (self._expected[stream].endswith(repeated) for stream, repeated in self._repeated.items())
-        return self._news or (self._rotated and not all(ends))
+        shorter = {stream: min(len(self._expected[stream]), len(self._repeated[stream]), TAIL_BYTES) for stream in STREAMS}
+        differ = any(n and self._expected[stream][-n:] != self._repeated[stream][-n:] for stream, n in shorter.items())
+        return self._news or (self._lost and any(self._known.values())) or (self._rotated and differ)
 
     def _unknown(self, stream: int, piece: memoryview) -> memoryview:
         """What of a piece of the engine's copy was not taken before."""
         expected, count = self._expected[stream], min(len(piece), self._known[stream])
         at = len(expected) - self._known[stream]  # negative for what is no longer kept
-        self._agrees = self._agrees and expected[max(0, at) : max(0, at + count)] == piece[max(0, -at) : count]
+        if expected[max(0, at) : max(0, at + count)] != piece[max(0, -at) : count]:
+            self._agrees, self._doubt = False, True
+            self._judge()
+            if self._lost or self._news:
+                return piece
         self._known[stream] -= count
         self._repeated[stream] = (self._repeated[stream] + piece[max(0, count - TAIL_BYTES) : count])[-TAIL_BYTES:]
         self._news = self._news or count < len(piece)
@@ -1595,6 +1618,8 @@ class Log:
     def nudge(self, ended: bool = False) -> None:
         """Wake followers for news of another kind, or for the end of the log."""
         with self._changed:
+            if ended and self._lost and any(self._known.values()):
+                self._gap()
             self._ended = self._ended or ended
             self._changed.notify_all()
 
@@ -3516,6 +3541,8 @@ class Runner:
                 if not state.running:
                     return self._hear_out(job, engine, state)
                 self._starve(job)
+                if job.hearing is not Hearing.LIVE:
+                    job.log.lost()
                 pause = min(2 * pause, LOOK_SECONDS if job.starved is None else 1)
                 look_at = time.monotonic() + pause
                 if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited

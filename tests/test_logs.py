@@ -524,6 +524,7 @@ def test_a_lost_stream_is_taken_up_where_it_was_lost(
     for loss in losses:
         fed(text[: int(loss * len(text))], cuts, limit, log)
         log.resume()
+        log.lost()
         text = copy
     fed(text, cuts, limit, log)
     log.nudge(ended=True)
@@ -553,6 +554,7 @@ def lost(tmp_path: Path) -> Lost:
     log.feed(framed(SAID) + b"\1\0\0")  # half a header, cut off with the stream
     read(followed, len(raw_log(framed(SAID))))
     log.resume()
+    log.lost()
     return log, followed
 
 
@@ -629,6 +631,31 @@ def test_a_copy_that_is_still_behind_at_the_end_is_a_gap(lost: Lost) -> None:
     gap(log, followed)
 
 
+@pytest.mark.parametrize("copy", [SAID[3:], SAID[:-1], [(1, b"line 0line 1\n"), *SAID[2:]], SAID * 9, []])
+def test_a_copy_that_tells_no_more_takes_nothing_away(tmp_path: Path, copy: Chunks) -> None:
+    """The stream came to its end by itself; what an engine drops from its copy was heard all the same."""
+    log = Log(1000, tmp_path)
+    followed = log.follow()
+    next(followed)
+    log.feed(framed(SAID * 10))
+    log.resume()
+    log.feed(framed(copy))
+    kept, truncated = log.frames(), log.truncated
+    log.nudge(ended=True)
+    assert not log.missed
+    assert b"".join(map(raw_log, followed)) == raw_log(framed(SAID * 10))
+    assert (kept, truncated) == (fed(framed(SAID * 10), [], 1000).frames(), True)
+
+
+@pytest.mark.parametrize("copy", [[*SAID, *NEW], [(2, b"a long line that was not heard at all, on the other stream\n")]])
+def test_a_copy_that_tells_more_was_missed(tmp_path: Path, copy: Chunks) -> None:
+    log = Log(1000, tmp_path)
+    log.feed(framed(SAID))
+    log.resume()
+    log.feed(framed(copy))
+    assert log.missed
+
+
 def test_a_copy_that_ends_within_a_frame_is_said() -> None:
     log = Log(1000, NOWHERE)
     log.replace([framed(SAID), framed(NEW)[:-1]])
@@ -643,6 +670,7 @@ def test_a_copy_that_may_have_rotated_is_a_gap_even_where_it_agrees(tmp_path: Pa
     log.feed(yes * 5000)
     read(followed, 10_000)
     log.resume()
+    log.lost()
     log.feed(yes * 80)  # no more than fits into one file
     assert next(followed) == b""
     for _ in range(4000):
