@@ -81,7 +81,7 @@ def test_a_process_bomb_hurts_nobody_else(lightrun: Daemon, engine: docker.APICl
 
 @pytest.mark.alone("must write enough in its time")
 def test_tiny_pieces_of_two_streams_cost_no_memory(daemon: DaemonFactory) -> None:
-    lightrun = daemon("--log-limit", "256k")
+    lightrun = daemon("--log-limit", "64k")
     lightrun.run(entrypoint="echo warm; echo up >&2")
     process = psutil.Process(lightrun.pid)
     before, most, slowest = process.memory_info().rss, 0, 0.0
