@@ -167,11 +167,14 @@ class LightrunError(Exception):
     status = 500
     code = "internal_error"
 
-    def __init__(self, message: str = "", code: str | None = None, **more: Any) -> None:
+    def __init__(self, message: str = "", code: str | None = None, headers: Mapping[str, str] | None = None, **more: Any) -> None:
         super().__init__(message)
         self.code = code or self.code
+        self.headers = dict(headers or {})
         self.more = more
-        self.headers: dict[str, str] = {}
+
+    def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
+        cls.status, cls.code = status or cls.status, code or cls.code
 
     def body(self) -> dict[str, Any]:
         """The JSON body of the answer."""
@@ -179,76 +182,28 @@ class LightrunError(Exception):
         return {"error": self.code, **message, **self.more}
 
 
-class BadRequest(LightrunError):
-    """The request is not one that lightrun understands."""
-
-    status, code = 400, "bad_request"
-
-
-class NotAllowed(LightrunError):
-    """An operator's allow-list refuses it."""
-
-    status, code = 403, "not_allowed"
-
-
-class NotFound(LightrunError):
-    """There is no such run, artifact or route."""
-
-    status, code = 404, "not_found"
-
-
-class Conflict(LightrunError):
-    """The run is not in a state for this; the code says which."""
-
-    status, code = 409, "conflict"
+# fmt: off
+class BadRequest(LightrunError, status=400, code="bad_request"): ...  # not one that lightrun understands
+class NotAllowed(LightrunError, status=403, code="not_allowed"): ...  # an operator's allow-list refuses it
+class NotFound(LightrunError, status=404, code="not_found"): ...  # there is no such run, artifact or route
+class MethodNotAllowed(LightrunError, status=405, code="method_not_allowed"): ...  # the route does not take it
+class Conflict(LightrunError, status=409, code="conflict"): ...  # the run is not in a state for this; the code says which
+class UnsupportedMediaType(LightrunError, status=415, code="unsupported_media_type"): ...  # the body is not called JSON
+class StorageUncertain(LightrunError, code="storage_error"): ...  # nobody can tell what is on disk, or read it
+class UsageError(LightrunError): ...  # a bad option: one line on standard error and exit code 2
+class StartError(LightrunError): ...  # another reason not to start: one line on standard error and exit code 1
+class EngineError(LightrunError, status=502, code="engine_error"): ...  # the engine refused a call
+class EngineMissing(EngineError): ...  # it says that there is no such container, image, network or path
+class EngineConflict(EngineError): ...  # it says that the container is not in a state for this
+class EngineAbsent(EngineError): ...  # it did not answer, or not in time
+# fmt: on
 
 
-class UnsupportedMediaType(LightrunError):
-    """A body that does not call itself JSON."""
-
-    status, code = 415, "unsupported_media_type"
-
-
-class Unavailable(LightrunError):
-    """Not now: the code says why, Retry-After when to come again."""
-
-    status = 503
+class Unavailable(LightrunError, status=503):
+    """Not now: the code says why, Retry-After when to come again. Nothing was accepted."""
 
     def __init__(self, code: str, message: str, retry_after: int = 1) -> None:
-        super().__init__(message, code)
-        self.headers["Retry-After"] = str(retry_after)
-
-
-class StorageUncertain(LightrunError):
-    """A write of which the disk did not say whether it is there: nobody may take it for one that is not."""
-
-    code = "storage_error"
-
-
-class UsageError(LightrunError):
-    """A bad option: one line on standard error and exit code 2."""
-
-
-class StartError(LightrunError):
-    """Another reason not to start: one line on standard error and exit code 1."""
-
-
-class EngineError(LightrunError):
-    """The engine refused a call."""
-
-    status, code = 502, "engine_error"
-
-
-class EngineMissing(EngineError):
-    """The engine says that there is no such container, image, network or path."""
-
-
-class EngineConflict(EngineError):
-    """The engine says that the container is not in a state for this."""
-
-
-class EngineAbsent(EngineError):
-    """The engine did not answer, or not in time."""
+        super().__init__(message, code, {"Retry-After": str(retry_after)})
 
 
 class RunEnds(Exception):
@@ -3907,7 +3862,7 @@ class Answer:
 def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
     """An answer of JSON; bytes are taken as JSON already."""
     body = value if isinstance(value, bytes) else to_json(value)
-    return Answer(status, body, {"Content-Type": "application/json", "X-Content-Type-Options": "nosniff", **headers})
+    return Answer(status, body, {"Content-Type": JSON, **headers})
 
 
 class Gone(Exception):
@@ -3931,7 +3886,7 @@ class Call:
     def json_body(self) -> bytes:
         """The raw body, which must call itself JSON. Raises UnsupportedMediaType."""
         kind = self._environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        if kind != JSON:
             raise UnsupportedMediaType("the body must be application/json")
         return bytes(self._environ["wsgi.input"].read())
 
@@ -3966,7 +3921,7 @@ WAIT_QUERY = {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}
 @dataclasses.dataclass(frozen=True)
 class Route:
     """A row of the table of routes: what is served, and what OpenAPI says of it. `query` holds JSON Schema properties,
-    `answers` what each status brings: media types and the names of their schemas."""
+    `answers` what each status brings, but for those that follow by rule: media types and the names of their schemas."""
 
     method: str
     path: str
@@ -3982,26 +3937,18 @@ ROUTES = (
     Route("GET", "/health", "health", "Whether lightrun and its engine are well", {200: {JSON: "Health"}, 503: {JSON: "Health"}}),
     Route(
         "POST", "/run", "run", "Run a container",
-        {200: {JSON: "Run", EVENTS: "Event"}, 202: {JSON: "Accepted"}, 409: {}, 415: {}, 503: {}}, body="RunRequest",
+        {200: {JSON: "Run", EVENTS: "Event"}, 202: {JSON: "Accepted"}, 409: {}}, body="RunRequest",
     ),
     Route("GET", "/runs", "runs", "List runs, newest first", {200: {JSON: "Runs"}}, LIST_QUERY),
-    Route("GET", RUNS, "state", "The state of a run", {200: {JSON: "Run"}, 404: {}, 503: {}}, WAIT_QUERY),
-    Route("DELETE", RUNS, "delete", "Delete a finished run and its artifacts", {204: {}, 404: {}, 409: {}, 503: {}}),
-    Route(
-        "GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}, 404: {}, 503: {}}, LOG_QUERY
-    ),
-    Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 404: {}, 409: {}, 503: {}}),
-    Route(
-        "POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it when it does not end in time",
-        {204: {}, 404: {}, 409: {}, 415: {}, 503: {}}, body="Stop",
-    ),
-    Route(
-        "GET", ARTIFACTS, "artifacts", "List a run's artifacts, or get them as one tar",
-        {200: {JSON: "Artifacts", TAR: "Bytes"}, 404: {}, 503: {}},
-    ),
+    Route("GET", RUNS, "state", "The state of a run", {200: {JSON: "Run"}}, WAIT_QUERY),
+    Route("DELETE", RUNS, "delete", "Delete a finished run and its artifacts", {204: {}, 409: {}}),
+    Route("GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}}, LOG_QUERY),
+    Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
+    Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
+    Route("GET", ARTIFACTS, "artifacts", "List artifacts, or get them as one tar", {200: {JSON: "Artifacts", TAR: "Bytes"}}),
     Route(
         "GET", f"{ARTIFACTS}/<path:path>", "artifact", "Download a file, or list a folder",
-        {200: {BYTES: "Bytes", JSON: "Artifacts"}, 206: {BYTES: "Bytes"}, 304: {}, 404: {}, 412: {}, 416: {}},
+        {200: {BYTES: "Bytes", JSON: "Artifacts"}, 206: {BYTES: "Bytes"}, 304: {}, 412: {}, 416: {}},
     ),
     Route("GET", "/openapi.json", "openapi", "This description", {200: {JSON: "Any"}}),
 )  # fmt: skip
@@ -4016,12 +3963,13 @@ def parse_query(text: str, properties: dict[str, dict[str, Any]]) -> dict[str, A
     except ValueError as error:
         raise BadRequest(details=[{"path": ["query"], "message": str(error)}]) from error
     values: dict[str, Any] = {}
-    counts = collections.Counter(name for name, _ in pairs)
-    problems = [{"path": ["query", name], "message": "stands twice"} for name, count in counts.items() if count > 1]
+    problems: list[dict[str, Any]] = []
     for name, value in pairs:
-        numeric = properties.get(name, {}).get("type") == "integer" and re.fullmatch(r"-?\d{1,15}", value, re.ASCII)
-        flag = properties.get(name, {}).get("type") == "boolean" and value in {"true", "false"}
-        values[name] = int(value) if numeric else value == "true" if flag else value
+        kind = properties.get(name, {}).get("type")
+        if name in values:
+            problems.append({"path": ["query", name], "message": "stands twice"})
+        numeric = kind == "integer" and re.fullmatch(r"-?\d{1,15}", value, re.ASCII)
+        values[name] = int(value) if numeric else value == "true" if kind == "boolean" and value in {"true", "false"} else value
     schema = Schema({"type": "object", "properties": properties, "additionalProperties": False})
     problems += [{**problem, "path": ["query", *problem["path"]]} for problem in schema.problems(values)]
     if problems:
@@ -4046,51 +3994,37 @@ def _has_etag(header: str, etag: str) -> bool:
     return header.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in header.split(",")]
 
 
-def _is_before(header: str, modified: int) -> bool | None:
-    """Whether a header's date lies before a file's time; None when it is no date."""
-    try:
-        return email.utils.parsedate_to_datetime(header).timestamp() < modified
-    except (ValueError, TypeError, OverflowError):
-        return None
+def _status_by_conditions(call: Call, etag: str, modified: int) -> int:
+    """What a conditional request comes to: 412, 304 or 200 (RFC 9110, 13.2.2)."""
+    tags, since = call.header("If-Match"), http_date(call.header("If-Unmodified-Since"))
+    if not _has_etag(tags, etag) if tags else since is not None and since < modified:
+        return 412
+    tags, since = call.header("If-None-Match"), http_date(call.header("If-Modified-Since"))
+    return 304 if (_has_etag(tags, etag) if tags else since is not None and since >= modified) else 200
 
 
 def file_answer(call: Call, file: IO[bytes], name: str) -> Answer:
     """A file with RFC 9110's conditional requests and one range. Takes the file over."""
     about = os.fstat(file.fileno())
-    modified, etag = int(about.st_mtime), f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+    modified, size, etag = int(about.st_mtime), about.st_size, f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
     headers = {"ETag": etag, "Last-Modified": email.utils.formatdate(modified, usegmt=True)}
-    if call.header("If-Match"):
-        failed = not _has_etag(call.header("If-Match"), etag)
-    else:
-        failed = _is_before(call.header("If-Unmodified-Since"), modified) is True
-    if failed:
+    status, part = _status_by_conditions(call, etag, modified), None
+    if status == 200 and call.header("If-Range") in {"", etag, headers["Last-Modified"]}:
+        try:
+            part = byte_range(call.header("Range"), size)
+        except ValueError:
+            status, headers["Content-Range"] = 416, f"bytes */{size}"
+    if status != 200:
         file.close()
-        return json_answer({"error": "precondition_failed"}, 412, **headers)
-    if call.header("If-None-Match"):
-        fresh = _has_etag(call.header("If-None-Match"), etag)
-    else:
-        fresh = _is_before(call.header("If-Modified-Since"), modified) is False
-    if fresh:
-        file.close()
-        return Answer(304, headers=headers)
-    condition = call.header("If-Range")
-    wanted = call.header("Range") if condition in {"", etag, headers["Last-Modified"]} else ""
-    try:
-        part = byte_range(wanted, about.st_size)
-    except ValueError:
-        file.close()
-        return json_answer({"error": "range_not_satisfiable"}, 416, **headers, **{"Content-Range": f"bytes */{about.st_size}"})
-    headers |= {
-        "Content-Type": "application/octet-stream",
-        "Content-Length": str(part[1] if part else about.st_size),
-        "Content-Disposition": content_disposition(name),
-        "Accept-Ranges": "bytes",
-        "X-Content-Type-Options": "nosniff",
-    }
-    if part:
-        file.seek(part[0])
-        headers["Content-Range"] = f"bytes {part[0]}-{part[0] + part[1] - 1}/{about.st_size}"
-    return Answer(206 if part else 200, file, headers)
+        codes = {412: "precondition_failed", 416: "range_not_satisfiable"}
+        return Answer(304, headers=headers) if status == 304 else json_answer({"error": codes[status]}, status, **headers)
+    headers |= {"Content-Type": BYTES, "Content-Disposition": content_disposition(name), "Accept-Ranges": "bytes"}
+    if part is None:
+        return Answer(200, file, {**headers, "Content-Length": str(size)})
+    first, length = part
+    file.seek(first)
+    headers |= {"Content-Length": str(length), "Content-Range": f"bytes {first}-{first + length - 1}/{size}"}
+    return Answer(206, file, headers)
 
 
 def content_disposition(name: str) -> str:
@@ -4103,64 +4037,69 @@ def _object(required: str, **properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": required.split(), "properties": properties}
 
 
-def openapi(settings: Settings) -> dict[str, Any]:
-    """OpenAPI 3.1 of all routes, from the table that serves them and the one that validates requests."""
-    text, count, moment = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
-    reference = "#/components/schemas/"
-    artifact = _object("path bytes type", path=text, bytes=count, type={"enum": ["file", "directory"]})
-    extracted = _object("from status", status={"enum": ["ok", "missing", "error"]}, bytes=count, skipped=count, message=text)
-    extracted["properties"]["from"] = text
-    problem = _object("path message", path={"type": "array"}, message=text)
-    numbers = {"type": "object", "additionalProperties": count}
-    callback = _object("status attempts", status={"enum": ["pending", "delivered", "failed"]}, attempts=count, lastError=text)
-    head = _object(
-        "id status image createdAt logsTruncated",
-        id=text, status={"enum": STATUSES}, phase={"enum": list(PHASES)}, reason={"enum": REASONS}, image=text, imageId=text,
-        createdAt=moment, startedAt=moment, finishedAt=moment, exitCode={"type": "integer"}, oomKilled={"const": True},
-        error=text, durationMs=count, timings=numbers, logsTruncated={"type": "boolean"}, callback=callback,
-    )  # fmt: skip
-    whole = {"logs": {"type": "array", "items": text}, "extracted": {"type": "array", "items": extracted}}
-    whole["artifacts"] = {"type": "array", "items": {"$ref": reference + "Artifact"}}
-    run = {**head, "required": [*head["required"], "logs"], "properties": {**head["properties"], **whole}}
-    schemas = {
-        "RunRequest": {**request_schema(settings), "examples": [{"image": "alpine:3.19", "entrypoint": "echo hello"}]},
-        "Stop": STOP_SCHEMA,
-        "Run": run,
-        "Runs": {"type": "array", "items": head},
-        "Artifact": artifact,
-        "Artifacts": {"type": "array", "items": {"$ref": reference + "Artifact"}},
-        "Accepted": _object("id status url", id=text, status={"enum": STATUSES}, url=text),
-        "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
-        "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=text, runs=numbers),
-        "Error": _object("error", error=text, message=text, details={"type": "array", "items": problem}),
-        "Bytes": {"type": "string", "contentMediaType": "application/octet-stream"},
-        "Any": {"type": "object"},
-    }
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+REFERENCE = "#/components/schemas/"
+_TEXT, _COUNT, _MOMENT = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
+_NUMBERS = {"type": "object", "additionalProperties": _COUNT}
+_HEAD_REQUIRED = "id status image createdAt logsTruncated"
+_HEAD = {
+    "id": _TEXT, "status": {"enum": STATUSES}, "phase": {"enum": list(PHASES)}, "reason": {"enum": REASONS}, "image": _TEXT,
+    "imageId": _TEXT, "createdAt": _MOMENT, "startedAt": _MOMENT, "finishedAt": _MOMENT, "exitCode": {"type": "integer"},
+    "oomKilled": {"const": True}, "error": _TEXT, "durationMs": _COUNT, "timings": _NUMBERS, "logsTruncated": {"type": "boolean"},
+    "callback": _object("status attempts", status={"enum": ["pending", "delivered", "failed"]}, attempts=_COUNT, lastError=_TEXT),
+}  # fmt: skip
+ANSWERS = {
+    "Run": _object(
+        f"{_HEAD_REQUIRED} logs", **_HEAD, logs=_list(_TEXT), artifacts={"$ref": REFERENCE + "Artifacts"},
+        extracted=_list(_object("from status", **{"from": _TEXT}, status={"enum": ["ok", "missing", "error"]}, bytes=_COUNT,
+                                skipped=_COUNT, message=_TEXT)),
+    ),
+    "Runs": _list(_object(_HEAD_REQUIRED, **_HEAD)),
+    "Artifact": _object("path bytes type", path=_TEXT, bytes=_COUNT, type={"enum": ["file", "directory"]}),
+    "Artifacts": _list({"$ref": REFERENCE + "Artifact"}),
+    "Accepted": _object("id status url", id=_TEXT, status={"enum": STATUSES}, url=_TEXT),
+    "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
+    "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS),
+    "Error": _object(
+        "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
+    ),
+    "Bytes": {"type": "string", "contentMediaType": BYTES},
+    "Any": {"type": "object"},
+}  # fmt: skip
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    """A route as OpenAPI describes it."""
 
     def content(kinds: Mapping[str, str]) -> dict[str, Any]:
-        return {"content": {kind: {"schema": {"$ref": reference + name}} for kind, name in kinds.items()}} if kinds else {}
+        return {"content": {kind: {"schema": {"$ref": REFERENCE + name}} for kind, name in kinds.items()}} if kinds else {}
 
-    def operation(route: Route) -> dict[str, Any]:
-        answers = {
-            status: {"description": http.client.responses[status], **content(kinds or ({JSON: "Error"} if status >= 400 else {}))}
-            for status, kinds in sorted({**{status: {} for status in (400, 401, 403, 413, 431, 500)}, **route.answers}.items())
-        }
-        parameters = [
-            {"name": name, "in": "path", "required": True, "schema": text} for name in re.findall(r"<(\w+)", route.path)
-        ] + [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
-        if route.handler == "run":
-            parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {**text, "minLength": 1, "maxLength": 200}})
-        body = {"requestBody": {"required": route.handler == "run", **content({JSON: route.body})}} if route.body else {}
-        open_to_all: dict[str, Any] = {"security": []} if route.path == "/health" else {}
-        return {
-            "operationId": route.handler, "summary": route.summary, "parameters": parameters, **body, **open_to_all,
-            "responses": {str(status): answer for status, answer in answers.items()},
-        }  # fmt: skip
+    rules = {404: "<run_id>" in route.path, 415: route.body, 503: route.path.startswith("/run")}
+    answers = {}
+    for status in sorted({400, 401, 403, 413, 431, 500, *(status for status in rules if rules[status]), *route.answers}):
+        kinds = route.answers.get(status) or ({JSON: "Error"} if status >= 400 else {})
+        answers[str(status)] = {"description": http.client.responses[status], **content(kinds)}
+    parameters = [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in re.findall(r"<(\w+)", route.path)]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
+    if route.handler == "run":
+        parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {**_TEXT, "minLength": 1, "maxLength": 200}})
+    body = {"requestBody": {"required": route.handler == "run", **content({JSON: route.body})}} if route.body else {}
+    open_to_all: dict[str, Any] = {"security": []} if route.path == "/health" else {}
+    about = {"operationId": route.handler, "summary": route.summary, "parameters": parameters, "responses": answers}
+    return {**about, **body, **open_to_all}
 
+
+def openapi(settings: Settings) -> dict[str, Any]:
+    """OpenAPI 3.1 of all routes, from the table that serves them and the one that validates requests."""
+    example = {"image": "alpine:3.19", "entrypoint": "echo hello"}
+    schemas = {"RunRequest": {**request_schema(settings), "examples": [example]}, "Stop": STOP_SCHEMA, **ANSWERS}
     schemes = {"token": {"type": "http", "scheme": "bearer"}} if settings.token or settings.token_file else {}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
-        paths.setdefault(re.sub(r"<(\w+)(:path)?>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
+        paths.setdefault(re.sub(r"<(\w+)(:path)?>", r"{\1}", route.path), {})[route.method.lower()] = _operation(route)
     return {
         "openapi": "3.1.0",
         "info": {"title": "lightrun", "version": __version__, "license": {"name": "AGPL-3.0-or-later"}},
@@ -4168,6 +4107,15 @@ def openapi(settings: Settings) -> dict[str, Any]:
         "components": {"schemas": schemas, **({"securitySchemes": schemes} if schemes else {})},
         "security": [{name: []} for name in schemes],
     }
+
+
+@contextlib.contextmanager
+def _accepted(run_id: str) -> Iterator[None]:
+    """From here on a request has had its effect: no 503, at which a balancer would try elsewhere, leaves it."""
+    try:
+        yield
+    except Unavailable as error:
+        raise StorageUncertain(f"the run was accepted, and how it is cannot be told: {error}", id=run_id) from error
 
 
 class Api:
@@ -4179,11 +4127,10 @@ class Api:
         self._settings, self._store, self._engine = settings, store, engine
         self._runner, self._evictor = runner, evictor
         self._root = settings.artifacts_root()
-        self._places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
+        self._waiting_places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
         self._health_lock = threading.Lock()  # held while the engine is asked
         self._engine_about: dict[str, str] | None = None
         self.ending = threading.Event()  # tells all who wait or stream that the time is up
-        self._http_error: type[Exception] = bottle.HTTPError
         self._router = bottle.Bottle()
         self._router.router.add_filter("path", lambda _: (r"[\s\S]+", None, None))  # a name may hold a newline
         for route in ROUTES:
@@ -4206,17 +4153,19 @@ class Api:
         finally:
             method, path, took = environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]), time.monotonic() - began
             log.info("%s %s %s %d %.0f ms", environ["REMOTE_ADDR"], method, path, answer.status, took * 1000)
-        if isinstance(answer.body, bytes) and answer.status not in {204, 304}:
-            answer.headers["Content-Length"] = str(len(answer.body))
-        write = start_response(f"{answer.status} {http.client.responses[answer.status]}", list(answer.headers.items()))
-        if environ["REQUEST_METHOD"] == "HEAD":
-            if not isinstance(answer.body, bytes):
-                answer.body.close()
+        body, headers = answer.body, {"X-Content-Type-Options": "nosniff", **answer.headers}
+        if isinstance(body, bytes) and answer.status not in {204, 304}:
+            headers["Content-Length"] = str(len(body))
+        write = start_response(f"{answer.status} {http.client.responses[answer.status]}", list(headers.items()))
+        if method == "HEAD":
+            if not isinstance(body, bytes):
+                body.close()
             return []
-        body = self._spooled(answer.body) if isinstance(answer.body, bytes) else answer.body
+        if isinstance(body, bytes):
+            body = self._spooled(body)
         if isinstance(body, bytes):
             return [body]
-        if hasattr(body, "read"):
+        if not isinstance(body, Stream):
             return environ["wsgi.file_wrapper"](body, COPY_BYTES)  # type: ignore[no-any-return]
         try:
             write(b"")  # the headers, which a follower of a silent run would otherwise wait for
@@ -4240,14 +4189,20 @@ class Api:
             return file
 
     def _answer(self, environ: dict[str, Any]) -> Answer:
+        import bottle
+
         try:
             environ["PATH_INFO"] = environ["PATH_INFO"].encode("latin-1").decode()
         except UnicodeError as error:
             raise BadRequest("the path is not UTF-8") from error
         try:
             found, arguments = self._router.match(environ)
-        except self._http_error as error:
-            raise _routing_error(error) from error
+        except bottle.HTTPError as error:
+            if error.status_code == 405:
+                raise MethodNotAllowed(
+                    "the route does not take this method", headers={"Allow": error.headers["Allow"]}
+                ) from error
+            raise NotFound("there is no such route") from error
         if environ["PATH_INFO"].endswith("\n") and "path" not in arguments:  # which the router's `$` lets pass
             raise NotFound("there is no such route")
         route: Route = found.callback
@@ -4255,15 +4210,13 @@ class Api:
         answer: Answer = getattr(self, route.handler)(call, **arguments)
         return answer
 
-    @contextlib.contextmanager
-    def _place(self) -> Iterator[None]:
-        """One of the places of requests that wait. Raises Unavailable when all are taken."""
-        if not self._places.acquire(blocking=False):
+    def _waiting_place(self) -> contextlib.ExitStack:
+        """A place to wait or stream, which is given back when this is closed. Raises Unavailable when all are taken."""
+        if not self._waiting_places.acquire(blocking=False):
             raise Unavailable("busy", "all places for waiting requests are taken")
-        try:
-            yield
-        finally:
-            self._places.release()
+        with contextlib.ExitStack() as place:
+            place.callback(self._waiting_places.release)
+            return place.pop_all()
 
     def health(self, call: Call) -> Answer:
         """GET /health"""
@@ -4288,17 +4241,18 @@ class Api:
         """POST /run"""
         with contextlib.ExitStack() as place:
             run_id, detached = self._submit(call, place)
+            place.enter_context(_accepted(run_id))
             job = self._runner.job(run_id)
             if detached:
-                state = {"id": run_id, "status": self._head(run_id)["status"], "url": f"/runs/{run_id}"}
-                return json_answer(state, 202, Location=state["url"])
+                status = "running" if job else json.loads(self._store.head(run_id))["status"]
+                return json_answer({"id": run_id, "status": status, "url": f"/runs/{run_id}"}, 202, Location=f"/runs/{run_id}")
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
                 return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
             self._wait(call, job, math.inf)
             if job and not job.done.is_set():  # its client has gone, or lightrun goes
                 raise Gone
-            return json_answer(job.state() if job else self._state(run_id))
+            return json_answer(self._state(run_id, job))
 
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, bool]:
         """Id of the accepted run, and whether it is detached; the body, which may be large, is not held longer."""
@@ -4308,7 +4262,7 @@ class Api:
         if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
         if not request.detached:
-            place.enter_context(self._place())
+            place.enter_context(self._waiting_place())
         return self._runner.submit(request, raw, key), request.detached
 
     def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
@@ -4368,13 +4322,10 @@ class Api:
             heads = self._store.heads(call.query.get("status"), call.query.get("before"), limit + 1)
         except NotFound as error:
             raise BadRequest(details=[{"path": ["query", "before"], "message": "is not the id of a run"}]) from error
-        more = len(heads) > limit
         states = [json.loads(head) for head in heads[:limit]]
-        for index, state in enumerate(states):
-            if state["status"] == "running" and (job := self._runner.job(state["id"])):
-                states[index] = job.run.head()
-        answer = json_answer(states)
-        if more:
+        running = {state["id"]: self._runner.job(state["id"]) for state in states if state["status"] == "running"}
+        answer = json_answer([job.run.head() if (job := running.get(state["id"])) else state for state in states])
+        if len(heads) > limit:
             query = urllib.parse.urlencode({**call.query, "before": states[-1]["id"]})
             answer.headers["Link"] = f'</runs?{query}>; rel="next"'
         return answer
@@ -4383,19 +4334,15 @@ class Api:
         """GET /runs/<id>"""
         job = self._runner.job(run_id)
         if job and call.query.get("wait"):
-            with self._place(), self._runner.attended(job):
+            with self._waiting_place(), self._runner.attended(job):
                 self._wait(call, job, call.query["wait"] / 1000)
-        return json_answer(job.state() if job else self._state(run_id))
+        return json_answer(self._state(run_id, job))
 
-    def _state(self, run_id: str) -> dict[str, Any]:
-        if job := self._runner.job(run_id):
+    def _state(self, run_id: str, job: Job | None = None) -> dict[str, Any]:
+        if job := job or self._runner.job(run_id):
             return job.state()
-        return whole_state(self._head(run_id), self._store.tail(run_id), log_lines(self._store.frames(run_id)))
-
-    def _head(self, run_id: str) -> dict[str, Any]:
-        job = self._runner.job(run_id)
-        head: dict[str, Any] = job.run.head() if job else json.loads(self._store.head(run_id))
-        return head
+        head = json.loads(self._store.head(run_id))
+        return whole_state(head, self._store.tail(run_id), log_lines(self._store.frames(run_id)))
 
     def _kept(self, run_id: str) -> bytes:
         """The frames kept of a run's log."""
@@ -4460,19 +4407,7 @@ class Api:
         self, call: Call, pieces: Generator[bytes, None, None], kind: str, place: contextlib.ExitStack | None = None
     ) -> Answer:
         """Pieces for a client, from a thread that they hold: one of the places, taken before the headers are sent."""
-        if place is None:
-            place = contextlib.ExitStack()
-            place.enter_context(self._place())
-        return Answer(200, Stream(call, pieces, place), {"Content-Type": kind, "X-Content-Type-Options": "nosniff"})
-
-
-def _routing_error(error: Any) -> LightrunError:
-    if error.status_code != 405:
-        return NotFound("there is no such route")
-    refused = LightrunError("the route does not take this method", "method_not_allowed")
-    refused.status = 405
-    refused.headers["Allow"] = error.headers["Allow"]
-    return refused
+        return Answer(200, Stream(call, pieces, place or self._waiting_place()), {"Content-Type": kind})
 
 
 def printable(text: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import http.client
 import io
 import json
 import os
 import socket
+import sqlite3
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -417,6 +419,35 @@ def test_busy(small: Daemon) -> None:
         post(small, f"/runs/{run}/cancel")
         small.wait(run, 10)
     assert eventually(lambda: small.request("POST", "/run", json={"image": IMAGE}).status == 200)
+
+
+def test_what_was_accepted_is_never_told_by_a_503(daemon: DaemonFactory) -> None:
+    """A balancer would take it for a sign that nothing was accepted, and run it elsewhere."""
+    api = daemon()
+
+    def posted(detached: bool, key: str) -> Response:
+        body = {"image": IMAGE, "entrypoint": "true", "detached": detached}
+        return api.request("POST", "/run", json=body, headers={"Idempotency-Key": key})
+
+    runs = {detached: posted(detached, f"key {detached}").json()["id"] for detached in (False, True)}
+    api.wait(runs[True])
+    with contextlib.closing(sqlite3.connect(api.state_dir / "lightrun.db", isolation_level=None)) as database:
+        for column in ("runs RENAME COLUMN head TO away", "details RENAME COLUMN tail TO away"):
+            database.execute(f"ALTER TABLE {column}")
+            for detached, run in runs.items():
+                response = posted(detached, f"key {detached}")
+                if detached and "head" not in column:  # is all that this answer needs
+                    assert response.status == 202
+                    continue
+                assert is_error(response, 500, "storage_error")
+                assert (response.json()["id"], response.headers["Retry-After"]) == (run, None)
+            if "head" in column:
+                assert is_error(posted(True, "another key"), 503, "storage_unavailable")
+            table, _, _, name, _, _ = column.split()
+            database.execute(f"ALTER TABLE {table} RENAME COLUMN away TO {name}")
+    for detached, run in runs.items():
+        response = posted(detached, f"key {detached}")
+        assert (response.status, response.json()["id"]) == (202 if detached else 200, run)
 
 
 # ---------------------------------------------------------------- Lists

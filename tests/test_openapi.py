@@ -265,7 +265,8 @@ def test_every_documented_status_was_met(session_open: Session, session_guarded:
         for status in operation["responses"]
         if status not in RARE and (operation["operationId"], status) not in met
     ]
-    assert set(missing) <= {("health", "401"), ("health", "503"), ("delete", "503"), ("cancel", "503"), ("stop", "503")}
+    unreadable = {(name, "503") for name in ("runs", "artifact", "delete", "cancel", "stop")}
+    assert set(missing) <= {("health", "401"), ("health", "503")} | unreadable
 
 
 # ---------------------------------------------------------------- schemathesis
