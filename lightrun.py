@@ -102,6 +102,7 @@ MAX_SETTINGS_BYTES = MIB  # of a file of tokens, of Docker's configuration, of a
 MAX_ARTIFACT_ENTRIES = 50_000  # files and folders one run may keep: each costs an inode and a line of state
 MAX_ARTIFACT_DEPTH = 64  # folders inside each other; what lies deeper is skipped
 MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute ones stay under PATH_MAX
+MAX_TAR_HEADER_BYTES = MIB  # of a member's name and attributes
 COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; with 1 MiB extraction took twice as long
 
 READ_BYTES = 256 * KIB  # one read of the attach stream
@@ -1619,6 +1620,9 @@ class ArtifactError(Exception):
     """An `extract` entry that cannot be kept, in words for the client."""
 
 
+BROKEN_ARCHIVE = "the engine sent a broken archive"
+
+
 def _tar_header(name: str, size: int | None = None, mode: int = 0o777, modified: float = 0) -> bytes:
     """One member's header, owned by root; a folder's when there is no size."""
     info = tarfile.TarInfo(name)
@@ -1648,94 +1652,152 @@ def files_tar(workdir: str, files: Mapping[str, bytes], shared: bool, now: float
     return b"".join([*parts, TAR_END])
 
 
+class ArchiveSource:
+    """The tar of an engine for tarfile to read, in pieces with a call of `check` before each."""
+
+    def __init__(self, tar: IO[bytes], check: Callable[[], None]) -> None:
+        self._read = getattr(tar, "read1", tar.read)  # which does not wait for more than is there
+        self._check = check
+        self.left = MAX_TAR_HEADER_BYTES  # that may come before another member
+        self.error: Exception | None = None  # what the check or the engine raised
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises ArtifactError when there are none, since a tar says where it ends, or too many."""
+        self.check()
+        data: bytes = self._passing(lambda: self._read(size))
+        self.left -= len(data)
+        if self.left < 0 or not data:
+            raise ArtifactError(BROKEN_ARCHIVE)
+        return data
+
+    def check(self) -> None:
+        """What `check` does."""
+        self._passing(self._check)
+
+    def _passing(self, call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            self.error = error
+            raise
+
+
 class Extraction:
     """What one run keeps: the paths it asked for, one after the other, into one folder, within one budget of bytes and
-    entries. A path is unpacked beside the folder and moved in when it is whole, so that a bad one leaves nothing."""
+    entries, against which counts what is skipped too. A path is unpacked beside the folder and moved in when it is whole,
+    so that a bad one leaves nothing. `check` is called between any two pieces; what it raises ends that."""
 
-    def __init__(self, root: Path, run_id: str, limit: int, check: Callable[[], None] = lambda: None) -> None:
-        self._folder, self._staging = root / run_id, root / f"{run_id}.partial"
+    def __init__(self, root: Path, run_id: str, limit: int, check: Callable[[], None]) -> None:
+        self._folder, self._staging, self._check = root / run_id, root / f"{run_id}.partial", check
         self._bytes_left, self._entries_left = limit, MAX_ARTIFACT_ENTRIES
         self.artifacts: list[dict[str, Any]] = []
 
     def keep(self, tar: Any, folder: bool) -> dict[str, Any]:
         """Keep what an engine sent for one path: a file under its name, a folder's contents without the folder. Returns
-        `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError."""
+        `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError, and what `check` and `tar` raise."""
+        source = ArchiveSource(tar, self._check)
         remove_tree(self._staging)
         try:
             self._staging.mkdir(mode=0o700)
-            entries, skipped = self._unpack(tar, folder)
-            self._move_in(entries)
-        except tarfile.TarError as error:
-            raise ArtifactError("the engine sent a broken archive") from error
-        except OSError as error:
-            raise ArtifactError(f"cannot be kept: {error.strerror or 'input/output error'}") from error
+            entries, skipped, bytes_left = self._unpack(source, folder)
+            self._move_in({_on_disk(path.partition("/")[0]) for path in entries})
+        except Exception as error:
+            if error is source.error or isinstance(error, ArtifactError):
+                raise
+            if isinstance(error, OSError):
+                raise ArtifactError(f"cannot be kept: {error.strerror or 'input/output error'}") from error
+            log.warning("a broken archive: %r", error)  # for which tarfile raises nearly anything
+            raise ArtifactError(BROKEN_ARCHIVE) from error
         finally:
             remove_tree(self._staging)
-        size = sum(entry["bytes"] for entry in entries)
-        self._bytes_left -= size
-        self._entries_left -= len(entries)
-        self.artifacts = sorted(self.artifacts + entries, key=lambda entry: str(entry["path"]))
-        return {"bytes": size, **({"skipped": skipped} if skipped else {})}
+        self._bytes_left = bytes_left
+        self._entries_left -= len(entries) + skipped
+        self.artifacts = sorted([*self.artifacts, *entries.values()], key=lambda entry: str(entry["path"]))
+        return {"bytes": sum(entry["bytes"] for entry in entries.values()), **({"skipped": skipped} if skipped else {})}
 
     def discard(self) -> None:
         """Drop all that was kept."""
         self.artifacts = []
         remove_tree(self._folder)
 
-    def _unpack(self, tar: IO[bytes], folder: bool) -> tuple[list[dict[str, Any]], int]:
+    def _unpack(self, source: ArchiveSource, folder: bool) -> tuple[dict[str, dict[str, Any]], int, int]:
+        """The entries by path, how many members were skipped, and the bytes left."""
         entries: dict[str, dict[str, Any]] = {}
-        bytes_left, skipped, top = self._bytes_left, 0, None
-        with tarfile.open(fileobj=tar, mode="r|", bufsize=COPY_BYTES) as archive:
-            for member in archive:
+        skipped, bytes_left, top = 0, self._bytes_left, None
+        with tarfile.open(fileobj=source, mode="r|", bufsize=COPY_BYTES, encoding="utf-8") as archive:  # type: ignore[call-overload]
+            while member := archive.next():
+                archive.members = []  # tarfile remembers every member otherwise
+                first = entries.get(_kept_path(member.linkname, top)) if member.islnk() else None
+                size = first["bytes"] if first else member.size if _has_content(member) else 0
+                if not 0 <= size <= bytes_left:
+                    raise ArtifactError("is larger than what this run may still keep")
+                bytes_left -= size
+                source.left = size + COPY_BYTES + MAX_TAR_HEADER_BYTES
                 if folder and top is None:
                     top = member.name  # the folder itself comes first
                     continue
-                path = member.name[len(top) :].strip("/") if top is not None else posixpath.basename(member.name)
-                if not (member.isdir() or member.isreg()) or not _keepable(path):
-                    skipped += 1
-                    continue
-                if member.isreg():
-                    if member.size > bytes_left:
-                        raise ArtifactError("is larger than what this run may still keep")
-                    bytes_left -= member.size
-                    self._write(archive, member, path)
+                path = _kept_path(member.name, top)
+                if path and member.isdir():
+                    self._make_folders([*parent_folders(path), path], entries)
+                elif path and (member.isreg() or (first and first["type"] == "file")):
+                    self._make_folders(parent_folders(path), entries)
+                    content = (self._staging / _on_disk(first["path"])).open("rb") if first else archive.extractfile(member)
+                    self._write(path, content, source)
+                    entries[path] = {"path": path, "bytes": size, "type": "file"}
+                    entries[path] |= {"mode": f"{member.mode & 0o777:04o}"} if member.mode & 0o111 else {}
                 else:
-                    (self._staging / path).mkdir(mode=0o700, parents=True, exist_ok=True)
-                for name in [*parent_folders(path), path]:
-                    entries.setdefault(name, {"path": name, "bytes": 0, "type": "directory"})
-                if member.isreg():
-                    entries[path] = {"path": path, "bytes": member.size, "type": "file"}
-                if len(entries) > self._entries_left:
+                    skipped += 1
+                if len(entries) + skipped > self._entries_left:
                     raise ArtifactError("holds more files and folders than a run may keep")
-                archive.members = []  # type: ignore[attr-defined]  # tarfile remembers every member otherwise
-        return list(entries.values()), skipped
+        if top is None and not entries:
+            raise ArtifactError(BROKEN_ARCHIVE)
+        return entries, skipped, bytes_left
 
-    def _write(self, archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> None:
-        target = self._staging / path
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        source = archive.extractfile(member)
-        with open(target, "xb", opener=_private) as file:
-            shutil.copyfileobj(source, file, COPY_BYTES)  # type: ignore[arg-type]  # a regular file has a source
+    def _make_folders(self, paths: Iterable[str], entries: dict[str, dict[str, Any]]) -> None:
+        for path in paths:
+            if entries.get(path, {}).get("type") != "directory":
+                (self._staging / _on_disk(path)).mkdir(mode=0o700)
+                entries[path] = {"path": path, "bytes": 0, "type": "directory"}
 
-    def _move_in(self, entries: list[dict[str, Any]]) -> None:
-        names = sorted({entry["path"].partition("/")[0] for entry in entries})
+    def _write(self, path: str, content: IO[bytes], source: ArchiveSource) -> None:
+        with content, open(self._staging / _on_disk(path), "xb", opener=_private) as file:
+            while piece := content.read(COPY_BYTES):
+                source.check()
+                file.write(piece)
+
+    def _move_in(self, names: Iterable[str]) -> None:
+        """All of these names on the disk, or none."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        for name in names:
-            if os.path.lexists(self._folder / name):
-                raise ArtifactError(f"collides with an earlier entry's {name}")
-        for name in names:
-            (self._staging / name).rename(self._folder / name)
+        with contextlib.ExitStack() as undone:
+            for name in sorted(names):
+                staged, target = self._staging / name, self._folder / name
+                if os.path.lexists(target):
+                    raise ArtifactError(f"collides with an earlier entry's {os.fsencode(name).decode()}")
+                staged.rename(target)
+                undone.callback(target.rename, staged)
+            undone.pop_all()
 
 
-def _keepable(path: str) -> bool:
-    """Whether a name from a container may become a name on this disk."""
+def _has_content(member: tarfile.TarInfo) -> bool:
+    return member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+
+
+def _kept_path(name: str, top: str | None) -> str:
+    """The artifact's path for a name from a container, below `top` or, without one, its last part; "" when it may not
+    become one on this disk."""
+    path = posixpath.basename(name) if top is None else name[len(top) :].strip("/") if name.startswith(top) else ""
     try:
-        encoded = path.encode()
+        segments = path.encode().split(b"/")
     except UnicodeEncodeError:  # bytes that were not UTF-8
-        return False
-    segments = path.split("/")
-    sound = all(segment not in {"", ".", ".."} and len(segment.encode()) <= 255 for segment in segments)
-    return sound and "\0" not in path and len(segments) <= MAX_ARTIFACT_DEPTH and len(encoded) <= MAX_ARTIFACT_PATH_BYTES
+        return ""
+    sound = all(segment not in {b"", b".", b".."} and len(segment) <= 255 and b"\0" not in segment for segment in segments)
+    short = len(segments) <= MAX_ARTIFACT_DEPTH and sum(map(len, segments)) + len(segments) - 1 <= MAX_ARTIFACT_PATH_BYTES
+    return path if sound and short else ""
+
+
+def _on_disk(path: str) -> str:
+    """An artifact's path for a function of the system: UTF-8 on the disk, whatever the locale's encoding."""
+    return os.fsdecode(path.encode())
 
 
 def remove_tree(folder: Path) -> None:
@@ -1758,7 +1820,7 @@ def open_artifact(root: Path, path: str) -> IO[bytes] | None:
             return descriptor
 
         try:
-            *parents, name = path.split("/")
+            *parents, name = _on_disk(path).split("/")
             folder = step(root, os.O_DIRECTORY)
             for parent in parents:
                 folder = step(parent, os.O_DIRECTORY, folder)
@@ -1781,7 +1843,7 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Generator[
             yield _tar_header(entry["path"] + "/", mode=0o755)
             continue
         with file:
-            yield _tar_header(entry["path"], entry["bytes"], 0o644, os.fstat(file.fileno()).st_mtime)
+            yield _tar_header(entry["path"], entry["bytes"], int(entry.get("mode", "0644"), 8), os.fstat(file.fileno()).st_mtime)
             while piece := file.read(COPY_BYTES):
                 yield piece
             yield _tar_padding(entry["bytes"])
@@ -2023,6 +2085,11 @@ class Reply:
         """That many bytes of the body; fewer at its end. Raises EngineAbsent."""
         with translated("go on with its answer"):
             return self._response.read(count)
+
+    def read1(self, count: int) -> bytes:
+        """What there is of the body, that many bytes at most; b"" at its end. Raises EngineAbsent."""
+        with translated("go on with its answer"):
+            return self._response.read1(count)
 
     def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
         """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
@@ -4058,7 +4125,7 @@ ANSWERS = {
                                 skipped=_COUNT, message=_TEXT)),
     ),
     "Runs": _list(_object(_HEAD_REQUIRED, **_HEAD)),
-    "Artifact": _object("path bytes type", path=_TEXT, bytes=_COUNT, type={"enum": ["file", "directory"]}),
+    "Artifact": _object("path bytes type", path=_TEXT, bytes=_COUNT, type={"enum": ["file", "directory"]}, mode=_TEXT),
     "Artifacts": _list({"$ref": REFERENCE + "Artifact"}),
     "Accepted": _object("id status url", id=_TEXT, status={"enum": STATUSES}, url=_TEXT),
     "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import subprocess
+import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lightrun
+from conftest import ROOT
 from lightrun import (
+    COPY_BYTES,
     MAX_ARTIFACT_DEPTH,
     ArtifactError,
     Extraction,
@@ -59,6 +64,10 @@ def tar_of(*members: Member) -> io.BytesIO:
     return buffer
 
 
+def ready() -> None:
+    """A check that has nothing against it."""
+
+
 def kept(root: Path) -> dict[str, bytes | None]:
     """What lies below a folder: path → content, None for a folder."""
     return {str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))}
@@ -67,7 +76,7 @@ def kept(root: Path) -> dict[str, bytes | None]:
 @pytest.fixture
 def extraction(tmp_path: Path) -> Extraction:
     """The artifacts of the run `r`, at most 1000 bytes."""
-    return Extraction(tmp_path, "r", 1000)
+    return Extraction(tmp_path, "r", 1000, ready)
 
 
 # ---------------------------------------------------------------- The tar that goes in
@@ -135,6 +144,21 @@ def test_an_empty_folder_is_fine(extraction: Extraction, tmp_path: Path) -> None
     assert extraction.artifacts == []
 
 
+@pytest.mark.parametrize(
+    ("mode", "said"), [(0o644, None), (0o755, "0755"), (0o100, "0100"), (0o6711, "0711"), (0o1777, "0777"), (0, None)]
+)
+def test_the_mode_of_an_executable_is_told_and_not_taken_over(
+    extraction: Extraction, tmp_path: Path, mode: int, said: str | None
+) -> None:
+    tool, closed = file("tool"), folder("d/sub")
+    tool[0].mode, tool[0].name, closed[0].mode = mode, "d/tool", 0o7777
+    extraction.keep(tar_of(folder("d"), closed, tool), True)
+    assert [entry.get("mode") for entry in extraction.artifacts] == [None, said]
+    assert (tmp_path / "r/tool").stat().st_mode & 0o7777 == 0o600
+    with tarfile.open(fileobj=io.BytesIO(b"".join(artifacts_tar(tmp_path / "r", extraction.artifacts)))) as archive:
+        assert {member.name: member.mode for member in archive} == {"sub": 0o755, "tool": int(said or "0644", 8)}
+
+
 def test_what_is_kept_is_the_daemons_own(extraction: Extraction, tmp_path: Path) -> None:
     loose = file("dist/x")
     loose[0].mode, loose[0].uid = 0o6777, 4242
@@ -148,7 +172,9 @@ def test_what_is_kept_is_the_daemons_own(extraction: Extraction, tmp_path: Path)
     "hostile",
     [
         special("d/x", tarfile.SYMTYPE, "/etc/passwd"), special("d/x", tarfile.SYMTYPE, "../../victim"),
-        special("d/x", tarfile.LNKTYPE, "d/good"), special("d/x", tarfile.LNKTYPE, "/etc/passwd"),
+        special("d/x", tarfile.LNKTYPE, "d/last"), special("d/x", tarfile.LNKTYPE, "/etc/passwd"),
+        special("d/x", tarfile.LNKTYPE, "good"), special("d/x", tarfile.LNKTYPE, "d"), special("d/x", tarfile.LNKTYPE, ""),
+        special("d/x", tarfile.LNKTYPE, "d/x"), special("d/x", tarfile.LNKTYPE, "d/../d/good"), special("d/x", b"V"),
         special("d/x", tarfile.CHRTYPE), special("d/x", tarfile.BLKTYPE), special("d/x", tarfile.FIFOTYPE),
         file("d/../victim"), file("d/../../victim"), file("d/a/../../../victim"), file("d/./x"), file("d/a//x"), folder("d/.."),
         file("d/x\udcff"), file("d/" + "x" * 256), file("d/" + "é" * 128), file("d/" + "x/" * MAX_ARTIFACT_DEPTH + "x"),
@@ -160,6 +186,29 @@ def test_a_hostile_member_is_skipped_and_counted(extraction: Extraction, tmp_pat
     (tmp_path / "victim").write_text("untouched")
     assert extraction.keep(tar_of(folder("d"), file("d/good"), hostile, file("d/last")), True) == {"bytes": 2, "skipped": 1}
     assert kept(tmp_path) == {"r": None, "r/good": b"x", "r/last": b"x", "victim": b"untouched"}
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a"), ("sub/a", "b"), ("a", "sub/b")])
+def test_a_hard_link_is_a_file(extraction: Extraction, tmp_path: Path, names: tuple[str, str]) -> None:
+    first, second = names
+    link = special(f"d/{second}", tarfile.LNKTYPE, f"d/{first}")
+    link[0].mode = 0o4755
+    assert extraction.keep(tar_of(folder("d"), file(f"d/{first}", b"same"), link, file("d/c")), True) == {"bytes": 9}
+    files = {path: content for path, content in kept(tmp_path / "r").items() if content is not None}
+    assert files == {first: b"same", second: b"same", "c": b"x"}
+    assert {entry["path"]: entry.get("mode") for entry in extraction.artifacts if entry["bytes"] == 4} == {
+        first: None, second: "0755",
+    }  # fmt: skip
+    assert all(path.stat().st_nlink == 1 for path in (tmp_path / "r").rglob("[a-c]"))
+
+
+def test_hard_links_count_against_the_budget(extraction: Extraction, tmp_path: Path) -> None:
+    links = [special(f"d/{number}", tarfile.LNKTYPE, "d/a") for number in range(3)]
+    with pytest.raises(ArtifactError, match="larger"):
+        extraction.keep(tar_of(folder("d"), file("d/a", bytes(300)), *links), True)
+    assert extraction.keep(tar_of(folder("d"), file("d/a", bytes(300)), *links[:2]), True) == {"bytes": 900}
+    with pytest.raises(ArtifactError, match="larger"):
+        extraction.keep(tar_of(file("c", bytes(101))), False)
 
 
 def test_no_member_is_written_through_a_link(extraction: Extraction, tmp_path: Path) -> None:
@@ -176,6 +225,9 @@ def test_no_member_is_written_through_a_link(extraction: Extraction, tmp_path: P
         tar_of(folder("d"), file("d/x"), folder("d/x")),
         tar_of(folder("d"), file("d/a", bytes(600)), file("d/b", bytes(401))),
         io.BytesIO(tar_of(folder("d"), file("d/a"), file("d/b", bytes(900))).getvalue()[:2500]),
+        io.BytesIO(tar_of(folder("d"), file("d/a"), file("d/b")).getvalue()[:2560]),
+        io.BytesIO(tar_of(folder("d"), file("d/a"), file("d/b")).getvalue()[:512]),
+        io.BytesIO(bytes(1024)),
         io.BytesIO(b"garbage" * 1000),
         io.BytesIO(),
     ],
@@ -200,12 +252,180 @@ def test_a_bad_entry_costs_nothing_of_the_budget(extraction: Extraction) -> None
 
 def test_entries_are_bounded(extraction: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightrun, "MAX_ARTIFACT_ENTRIES", 3)
-    bounded = Extraction(tmp_path, "r", 1000)
+    bounded = Extraction(tmp_path, "r", 1000, ready)
     assert bounded.keep(tar_of(folder("d"), file("d/a/b")), True) == {"bytes": 1}
     with pytest.raises(ArtifactError):
         bounded.keep(tar_of(folder("d"), file("d/1"), file("d/2")), True)
     assert bounded.keep(tar_of(file("last")), False) == {"bytes": 1}
     assert kept(tmp_path / "r") == {"a": None, "a/b": b"x", "last": b"x"}
+
+
+class Endless(io.BytesIO):
+    """Some bytes, and zeros for ever; counts what was read."""
+
+    count = 0
+
+    def read1(self, size: int | None = -1) -> bytes:
+        assert size
+        self.count += size
+        return super().read1(size).ljust(size, b"\0")
+
+
+def huge(name: str, kind: bytes = tarfile.REGTYPE, size: int = 1000 << 30) -> Member:
+    """The header of a member of that size."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info, b""
+
+
+def headers(*members: Member) -> bytes:
+    """Members without their contents."""
+    return b"".join(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape") for info, _ in members)
+
+
+@pytest.mark.parametrize("name", ["d/x", "d/x\udcff", "d/" + "x" * 300, "d/" + "x/" * 100 + "x", "d/../x"])
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.CONTTYPE, b"V"])
+def test_what_is_too_large_is_refused_before_it_is_read(extraction: Extraction, tmp_path: Path, name: str, kind: bytes) -> None:
+    source = Endless(headers(folder("d"), huge(name, kind)))
+    with pytest.raises(ArtifactError, match="larger"):
+        extraction.keep(source, True)
+    assert source.count <= COPY_BYTES
+    assert not (tmp_path / "r.partial").exists()
+
+
+def test_what_is_skipped_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightrun, "MAX_ARTIFACT_ENTRIES", 5)
+    extraction = Extraction(tmp_path, "r", 1000, ready)
+    skipped = file("d/\udcff", bytes(600))
+    assert extraction.keep(tar_of(folder("d"), skipped, file("d/a", b"abc")), True) == {"bytes": 3, "skipped": 1}
+    with pytest.raises(ArtifactError, match="larger"):
+        extraction.keep(tar_of(file("b", bytes(398))), False)
+    with pytest.raises(ArtifactError, match="more files and folders"):
+        extraction.keep(tar_of(folder("d"), *[special(f"d/{n}", tarfile.SYMTYPE, "x") for n in range(4)]), True)
+    links = [special(f"d/{number}", tarfile.FIFOTYPE) for number in range(2)]
+    assert extraction.keep(tar_of(folder("d"), *links, file("d/b", bytes(397))), True) == {"bytes": 397, "skipped": 2}
+    with pytest.raises(ArtifactError, match="more files and folders"):
+        extraction.keep(tar_of(file("c", b"")), False)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
+def test_a_header_that_is_too_large_is_not_held(extraction: Extraction, kind: bytes) -> None:
+    source = Endless(headers(folder("d"), huge("x", kind, 8 << 30)))
+    tracemalloc.start()
+    with pytest.raises(ArtifactError, match="broken"):
+        extraction.keep(source, True)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    assert source.count < 4 << 20
+
+
+class Ends(Exception):
+    """What a check raises."""
+
+
+@pytest.mark.parametrize("error", [Ends(), ArtifactError("no time"), OSError("of the check"), tarfile.ReadError("of the check")])
+@pytest.mark.parametrize("kept_before", [False, True])
+def test_a_check_between_pieces_ends_it(tmp_path: Path, error: Exception, kept_before: bool) -> None:
+    """At the latest after COPY_BYTES, whatever is read, skipped or copied; and nothing is left."""
+    large = [file("d/a", bytes(2 << 20)), file("d/\udcff", bytes(2 << 20)), special("d/b", tarfile.LNKTYPE, "d/a")]
+    tar, calls, last = tar_of(folder("d"), *large), 0, 10**9
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls >= last:
+            raise error
+
+    before = {"r": None, "r/first": b"x"} if kept_before else {}
+    Extraction(tmp_path / "all", "r", 1 << 30, check)
+    (tmp_path / "all").mkdir()
+    Extraction(tmp_path / "all", "r", 1 << 30, check).keep(tar, True)
+    assert calls >= 3 * (2 << 20) // COPY_BYTES
+    for number in range(1, calls + 1):
+        tar.seek(0)
+        root = tmp_path / str(number)
+        root.mkdir()
+        calls, last = 0, 10**9
+        extraction = Extraction(root, "r", 1 << 30, check)
+        if kept_before:
+            extraction.keep(tar_of(file("first")), False)
+        calls, last = 0, number
+        with pytest.raises(type(error)) as raised:
+            extraction.keep(tar, True)
+        assert raised.value is error
+        assert kept(root) == before
+
+
+def test_errors_of_the_engine_pass(extraction: Extraction, tmp_path: Path) -> None:
+    error = ConnectionResetError("by the engine")
+
+    class Breaks(io.BytesIO):
+        def read1(self, size: int | None = -1) -> bytes:
+            if self.tell() >= 1024:
+                raise error
+            return super().read1(512)
+
+    with pytest.raises(ConnectionResetError) as raised:
+        extraction.keep(Breaks(tar_of(folder("d"), file("d/a", bytes(900))).getvalue()), True)
+    assert raised.value is error
+    assert kept(tmp_path) == {}
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=40", "tmpfs", str(tmp_path)], check=True)
+    try:
+        extraction = Extraction(tmp_path, "r", 1 << 30, ready)
+        for tar in (
+            tar_of(folder("d"), file("d/a"), file("d/b", bytes(2 << 20))),
+            tar_of(folder("d"), *[file(f"d/{number}") for number in range(50)]),
+            tar_of(folder("d"), *[folder(f"d/{number}") for number in range(50)]),
+            tar_of(folder("d"), file("d/a", bytes(600 << 10)), special("d/b", tarfile.LNKTYPE, "d/a")),
+        ):
+            with pytest.raises(ArtifactError, match="No space left on device"):
+                extraction.keep(tar, True)
+            assert kept(tmp_path) == {}
+        assert extraction.keep(tar_of(file("a")), False) == {"bytes": 1}
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+NAMES_AND_BYTES = r"""
+import io, os, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+from pathlib import Path
+from test_artifacts import *
+root = Path(sys.argv[2])
+extraction = Extraction(root, "r", 1000, ready)
+tar = tar_of(folder("d"), file("d/\u00e9", b"1"), folder("d/\u20ac"), file("d/\u20ac/\U0001f600", b"22"), file("d/\udcff"))
+assert extraction.keep(tar, True) == {"bytes": 3, "skipped": 1}
+assert extraction.keep(tar_of(file("\u00fc", b"3")), False) == {"bytes": 1}
+try:
+    extraction.keep(tar_of(file("\u00fc", b"3")), False)
+except ArtifactError as error:
+    assert "\u00fc" in str(error)
+for entry in extraction.artifacts:
+    opened = open_artifact(root / "r", entry["path"])
+    assert len(opened.read() if opened else b"") == entry["bytes"]
+assert len(b"".join(artifacts_tar(root / "r", extraction.artifacts))) > 4000
+print(ascii(sys.getfilesystemencoding()))
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso8859-1", "utf-8"])
+def test_names_are_utf8_on_the_disk_whatever_the_locale(tmp_path: Path, encoding: str) -> None:
+    locales = tmp_path / "locales"
+    environment = {"PATH": os.environ["PATH"], "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LOCPATH": str(locales)}
+    locales.mkdir()
+    environment["LC_ALL"] = {"ascii": "POSIX", "iso8859-1": "latin", "utf-8": "C.UTF-8"}[encoding]
+    if encoding == "iso8859-1":
+        subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(locales / "latin")], check=True, capture_output=True)
+    (tmp_path / "root").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", NAMES_AND_BYTES, str(ROOT), str(tmp_path / "root")],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.returncode) == (repr(encoding), 0), done.stderr
+    assert kept(tmp_path / "root/r") == {"é": b"1", "€": None, "€/😀": b"22", "ü": b"3"}
 
 
 @pytest.mark.parametrize("second", [tar_of(folder("d"), file("d/b"), file("d/a")), tar_of(folder("d"), folder("d/a"))])
@@ -228,6 +448,54 @@ def test_discarding_leaves_nothing(extraction: Extraction, tmp_path: Path) -> No
     assert kept(tmp_path) == {}
 
 
+HEADERS = st.builds(
+    lambda name, kind, size, mode, link, pax, content: _raw(name, kind, size, mode, link, pax) + content,
+    st.sampled_from(["d", "d/a", "d/a/b", "d/b", "d/../x", "/d/a", "d/é", "d/\udcff", "", "d/" + "x" * 300, "d/" + "x/" * 70]),
+    st.sampled_from([bytes([kind]) for kind in b"01234567xgLKSVX\0"]) | st.binary(min_size=1, max_size=1),
+    st.sampled_from([0, 1, 511, 512, 513, 1001, 1 << 40]) | st.integers(0, 1000),
+    st.sampled_from([0, 0o644, 0o755, 0o7777]),
+    st.sampled_from(["", "d/a", "d/b", "/etc/passwd", "..", "d"]),
+    st.dictionaries(
+        st.sampled_from(["path", "linkpath", "size", "hdrcharset", "GNU.sparse.map", "GNU.sparse.size", "GNU.sparse.major",
+                         "GNU.sparse.minor", "GNU.sparse.realsize", "GNU.sparse.name", "GNU.sparse.numblocks", "mtime"]),
+        st.sampled_from(["d/a", "-1", "0", "1", "5", "1,2", "x", "-512", "99999999999999", "1e400", "BINARY"]), max_size=4,
+    ),
+    st.sampled_from([b"", bytes(512), b"x" * 512, b"10 path=a\n".ljust(512, b"\0"), b"1\n0\n5\n".ljust(1024, b"\0")]),
+)  # fmt: skip
+
+
+def _raw(name: str, kind: bytes, size: int, mode: int, link: str, pax: dict[str, str]) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.mode, info.linkname, info.pax_headers = kind, size, mode, link, pax
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+
+
+def is_kept_or_refused(root: Path, tar: bytes, folder: bool) -> None:
+    """Nothing else happens, and nothing outside of the folder."""
+    extraction = Extraction(root, "r", 1000, ready)
+    try:
+        size = extraction.keep(io.BytesIO(tar), folder)["bytes"]
+    except ArtifactError:
+        size = 0
+        assert extraction.artifacts == []
+    assert {path.name for path in root.iterdir()} <= {"r"}
+    found = kept(root / "r") if size or extraction.artifacts else {}
+    assert {entry["path"]: entry["bytes"] for entry in extraction.artifacts} == {
+        path: len(content or b"") for path, content in found.items()
+    }
+    assert sum(len(content or b"") for content in kept(root).values()) == size <= 1000
+
+
+@given(st.lists(HEADERS, max_size=6).map(b"".join), st.sampled_from([b"", bytes(1024)]), st.booleans())
+def test_any_members_are_kept_or_refused(tmp_path_factory: pytest.TempPathFactory, tar: bytes, end: bytes, folder: bool) -> None:
+    is_kept_or_refused(tmp_path_factory.mktemp("any"), tar + end, folder)
+
+
+@given(st.binary(max_size=2000), st.booleans())
+def test_any_bytes_are_kept_or_refused(tmp_path_factory: pytest.TempPathFactory, tar: bytes, folder: bool) -> None:
+    is_kept_or_refused(tmp_path_factory.mktemp("any"), tar, folder)
+
+
 @given(st.data())
 def test_a_damaged_tar_is_kept_in_its_folder_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     root = tmp_path_factory.mktemp("damaged")
@@ -236,12 +504,7 @@ def test_a_damaged_tar_is_kept_in_its_folder_or_refused(tmp_path_factory: pytest
         tar[at] = data.draw(st.integers(0, 255))
     if data.draw(st.booleans()):  # with a checksum that fits
         tar[148:156] = b"%06o\0 " % (sum(tar[:148]) + sum(tar[156:512]) + 256)
-    try:
-        size = Extraction(root, "r", 1000).keep(io.BytesIO(bytes(tar)), data.draw(st.booleans()))["bytes"]
-    except ArtifactError:
-        size = 0
-    assert {path.name for path in root.iterdir()} <= {"r"}
-    assert sum(len(content or b"") for content in kept(root).values()) == size <= 1000
+    is_kept_or_refused(root, bytes(tar), data.draw(st.booleans()))
 
 
 # ---------------------------------------------------------------- Resolving a request's path
