@@ -4,25 +4,28 @@
 
 The life of a run, from `POST /run` to its last trace:
 
-    accept    the body is checked against one table (Requests), a place is taken (Runner.submit), the run is on disk (Store)
+    accept    the body is checked against one table (Requests), a place is taken (Places), the run is on disk (Store)
     queue     until one of `--max-concurrent` workers is free
     pull      when the image is missing; concurrent runs share one pull
     create    one container with every hardening, labelled with the state dir and the run
     put       the files, as one plain tar built here (Artifacts), before anything in the container has run
     attach    one stream that carries stdout and stderr, opened before the start so that no byte is missed
     start     recorded first; then the command runs, and stdin is fed from a thread of its own
-    read      to the end of the stream and of the container; a deadline, a cancel or a stop only sends a signal in between
+    read      to the end of the stream, of the engine's copy of it and of the container, which is looked at now and then; a
+              deadline, a cancel or a stop only sends a signal in between
     extract   the paths the client asked for come back as a tar of which only checked files and folders are kept
     record    the final state, in one transaction
     answer    whoever waits for the run gets that state
     remove    the container and its anonymous volumes; then old runs are evicted and the callback is sent
 
-That line is `Runner._execute`, one worker thread for each run; after a crash a run re-enters it where it stopped.
+That line is `Runner._line`, one worker thread for each run. What it hears of the container is one state (Hearing), and what
+breaks on the way to the engine is tried again from where it stands (Runner._persist); so a run that an earlier daemon left
+enters the same line.
 
 Threads: the server's loop; its handlers (waitress), of which a fixed number may wait; one worker for each run that holds
-a place, plus one while stdin is fed and one for each image being pulled; the housekeeper, which watches an absent engine
-and sweeps what could not be removed; deliveries of callbacks. Each lock stands where it is made, beside the names of
-what it guards.
+a place, plus one while stdin is fed and one for each image being pulled; the keeper, which watches an absent engine and
+sweeps what could not be removed; deliveries of callbacks; the writer of the log. Each lock stands where it is made, beside
+the names of what it guards.
 """
 
 from __future__ import annotations
@@ -3185,6 +3188,7 @@ class Pull:
             self.error = EngineError(f"the pull failed: {type(error).__name__}")
         finally:
             self.done.set()
+            self.patience.close()
 
 
 class Pulls:
@@ -3213,9 +3217,12 @@ class Pulls:
         with self._lock:
             pull = self._pulls.get(reference)
             if pull is None or pull.done.is_set():
-                pull = Pull()
-                events = self._engine.for_one(pull.patience).pull(reference, self._seconds)
-                threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
+                try:
+                    pull = Pull()
+                    events = self._engine.for_one(pull.patience).pull(reference, self._seconds)
+                    threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
+                except (OSError, RuntimeError) as error:
+                    raise EngineAbsent(f"lightrun has no room for a pull: {error}") from error
                 self._pulls[reference] = pull
             pull.waiting += 1
             return pull

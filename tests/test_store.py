@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sqlite3
@@ -17,10 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lightrun
 from lightrun import (
+    Ask,
     Conflict,
     NotFound,
     Run,
+    RunRequest,
+    Settings,
     StartError,
     Store,
     Unavailable,
@@ -292,6 +297,47 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(StartError, match="newer"):
         Store(tmp_path)
+
+
+def test_a_state_dir_of_the_first_build_opens_with_its_runs(tmp_path: Path) -> None:
+    """Its schema was the first, and it kept the client's own body for a run that is to survive."""
+    (tmp_path / "secrets").mkdir()
+    run, over = run_named("one"), dataclasses.replace(run_named("two"), reason="exited", exit_code=0, finished=time.time())
+    with contextlib.closing(sqlite3.connect(tmp_path / "lightrun.db", isolation_level=None)) as database:
+        database.executescript(lightrun.SCHEMA[0] + "PRAGMA user_version=1;")
+        database.execute("INSERT INTO meta VALUES ('state', 'kept')")
+        row = "INSERT INTO runs (id, status, size, waited, begun, head) VALUES (?, ?, ?, 0, 1, ?)"
+        database.execute(row, ("one", "running", 0, json.dumps(run.head())))
+        database.execute(row, ("two", "succeeded", 123, json.dumps(over.head())))
+        database.execute("INSERT INTO details VALUES ('two', '{}', ?)", (b"",))
+    body = b'{"image": "alpine", "entrypoint": ["cat"], "stdin": "in", "files": {"a": {"base64": "eA=="}}, "memory": "4g"}'
+    (tmp_path / "secrets" / "one").write_bytes(body)
+    with contextlib.closing(Store(tmp_path)) as store:
+        assert (store.id, store.usage()) == ("kept", (123, 1))
+        assert [json.loads(head)["id"] for head, *_ in store.unfinished()] == ["one"]
+        request = RunRequest.unpack(store.request("one"), "alpine")
+        assert (request.command, request.stdin, request.files, request.memory) == (["cat"], b"in", {"a": b"x"}, 4 << 30)
+        store.delete("two")
+        assert store.usage() == (0, 0)
+    with contextlib.closing(Store(tmp_path)) as store:
+        assert store.usage() == (0, 0)
+
+
+def test_a_request_is_kept_as_it_was_checked(tmp_path: Path) -> None:
+    body = {"image": "alpine", "files": {"é": {"base64": "/wA="}}, "input": {"a": "ü"}, "env": {"A": "é"}, "timeout": 5}
+    request = RunRequest.parse(json.dumps({**body, "detached": True}).encode(), Settings())
+    assert RunRequest.unpack(request.pack(), "other") == request
+    assert RunRequest.unpack(None, "other").image == "other"
+    assert RunRequest.unpack(b"spoilt", "other").image == "other"
+
+
+def test_a_cancel_is_not_overridden_by_a_stop(store: Store) -> None:
+    store.add(run_named("one"), request=b"{}")
+    store.ask("one", Ask("stopped").recorded)
+    store.ask("one", Ask("cancelled").recorded)
+    store.ask("one", Ask("stopped", "SIGTERM").recorded)
+    ((*_, asked),) = store.unfinished()
+    assert Ask.parse(asked) == Ask("cancelled")
 
 
 def test_what_is_no_database_is_an_error(tmp_path: Path) -> None:
