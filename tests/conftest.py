@@ -223,7 +223,10 @@ def engine(engine_api: EngineApi) -> Iterator[docker.APIClient]:
     try:
         with exclusive("engine"):
             if _engine_users(+1) == 1:
-                before.write_text(jsonlib.dumps([sorted(_network_names(client)), sorted(_dangling_volumes(client))]))
+                networks = _network_names(client)
+                before.write_text(jsonlib.dumps([sorted(networks), sorted(_dangling_volumes(client))]))
+                if NETWORK not in networks:  # Else many daemons would make it at once. test_socket.py has two that do.
+                    client.create_network(NETWORK, "bridge", lightrun.NETWORK_OPTIONS, labels={LABEL_STATE: ""})
         yield client
         containers = [entry["Names"] for entry in Daemon.all_containers(client)]
         with exclusive("engine"):
