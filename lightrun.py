@@ -123,9 +123,10 @@ HURRY_SECONDS = 1.5  # the same once the run is to be gone; longer after each ti
 MAX_ANSWER_BYTES = 64 * MIB  # of an engine's answer that is read as a whole: 10,000 containers are 20 MB
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 MAX_TRIES = 6  # of a step that breaks while the engine answers; the pauses between them are 10 s in all
-STEADY_SECONDS = 60  # a step that went well for that long has its tries back
+SLOW_SECONDS = 8  # a try that took longer counts for three
 FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container is looked at; each pause is twice the last
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
+COPY_SECONDS = 10  # of silence in the engine's copy of what a container that has exited printed
 QUIET_SECONDS = 2  # of silence in the output of a container that has exited
 KILL_SECONDS = 2  # after SIGKILL, until it is sent again; each pause is twice the last
 MAX_KILLS = 12  # until it is said that the container cannot be killed
@@ -1946,7 +1947,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None) -> None:
         sock.setblocking(False)
-        self._sock, self._seconds, self._patience = sock, seconds, patience
+        self._sock, self._seconds, self.patience = sock, seconds, patience
         self._began = time.monotonic()
         self._late = self._began + seconds
         self._buffer = bytearray()
@@ -1964,10 +1965,10 @@ class Wire:
         """Until the socket is ready. Raises TimeoutError."""
         late, pause = min(self._late, time.monotonic() + self._seconds), ENGINE_SECONDS * 1.0
         while True:
-            hurried = self._patience.deadline(self._began) if self._patience else math.inf
+            hurried = self.patience.deadline(self._began) if self.patience else math.inf
             if (left := min(late, hurried) - time.monotonic()) <= 0:
                 raise TimeoutError
-            wake = self._patience.wake if self._patience and pause > DISCONNECT_POLL_SECONDS else -1
+            wake = self.patience.wake if self.patience and pause > DISCONNECT_POLL_SECONDS else -1
             if self.poll(event, wake, min(left, pause)):
                 return
             pause = DISCONNECT_POLL_SECONDS  # woken: it stays so, and may be for a hurry yet to come
@@ -2103,7 +2104,7 @@ class Reply:
     def pieces(self) -> Iterator[bytes]:
         """The body, piece by piece. Raises EngineAbsent."""
         with contextlib.closing(self):
-            while piece := self.next():
+            while piece := self.next(seconds=COPY_SECONDS):
                 yield piece
             if piece is None:
                 raise EngineAbsent("the engine did not answer in time (to go on with its answer)")
@@ -2496,7 +2497,8 @@ class Engine:
     def kept_output(self, container: str, follow: bool) -> Reply:
         """The engine's own copy of the output from its beginning; to follow, until the container has exited."""
         query = {"follow": int(follow), **BOTH_STREAMS}
-        return self._call("GET", f"/containers/{container}/logs", query=query).streamed()
+        silence = ENGINE_SECONDS if follow else COPY_SECONDS
+        return self._call("GET", f"/containers/{container}/logs", query=query, seconds=silence).streamed(silence)
 
     @asks_to("attach stdin")
     def open_stdin(self, container: str) -> Reply:
@@ -2504,7 +2506,9 @@ class Engine:
         wait as long as it runs."""
         path, query = f"/containers/{container}/attach", {"stream": 1, "stdin": 1}
         headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        return self.for_one(None)._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf)
+        reply = self._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf)
+        reply.wire.patience = None
+        return reply
 
     @asks_to("start the container")
     def start(self, container: str) -> None:
@@ -3001,6 +3005,7 @@ class Job:
         self.hearing = Hearing.NOTHING
         self.output: Reply | None = None
         self.listen_at, self.deaf_seconds = 0.0, FIRST_LOOK_SECONDS  # when the engine's copy is tried again, and the pause after
+        self.failures = 0  # of the step that is tried, since something of it went well
         self.in_doubt = False  # the container may have ended while no engine took its output
         self.killing = Killing()
         self.ran: int | None = None  # ms from the container's start to its exit
@@ -3406,10 +3411,10 @@ class Runner:
         state = self._persist(job, lambda: self._watch(job, engine))
         return self._conclude(job, engine, state)
 
-    def _persist(self, job: Job, step: Callable[[], Result]) -> Result:
+    def _persist(self, job: Job, step: Callable[[], Result], tries: int = MAX_TRIES) -> Result:
         """Do a step of the line, and again while the engine is away. When it answers but the step breaks all the same, a
         few times more. Raises EngineError in the end, RunEnds for a run that is not to wait."""
-        failures = 0
+        job.failures = 0
         while True:
             began = time.monotonic()
             try:
@@ -3417,11 +3422,12 @@ class Runner:
             except EngineAbsent as error:
                 log.warning("run %s: %s", job.run.id, error)
                 away = self._sit_out(job, error)
-                failures = 0 if away or time.monotonic() - began > STEADY_SECONDS else failures + 1
-                if failures >= MAX_TRIES:
-                    raise EngineError(f"{error}, {failures} times") from error
+                slow = time.monotonic() - began > SLOW_SECONDS
+                job.failures = 0 if away else job.failures + (MAX_TRIES // 2 if slow else 1)
+                if job.failures >= tries:
+                    raise EngineError(f"{error}, again and again") from error
                 job.patience.lengthen()
-                job.patience.sleep(min(RETRY_SECONDS, FIRST_LOOK_SECONDS * 4**failures))
+                job.patience.sleep(min(RETRY_SECONDS, FIRST_LOOK_SECONDS * 4**job.failures))
 
     def _sit_out(self, job: Job, error: EngineAbsent) -> bool:
         """Wait until the engine answers; whether it did not at once. Raises RunEnds, EngineAbsent for a run that cannot wait or
@@ -3603,6 +3609,7 @@ class Runner:
             self._note_start(job, state, state.started)
         if state.running:
             job.in_doubt = False
+        job.failures = 0
         return state
 
     @staticmethod
@@ -3717,7 +3724,8 @@ class Runner:
         whole = True
         if job.hearing is not Hearing.ENDED or job.log.missed:
             try:
-                self._persist(job, lambda: job.log.replace(engine.kept_output(job.container, follow=False).pieces()))
+                copy_output = functools.partial(engine.kept_output, job.container, follow=False)
+                self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=2 if job.dropped else MAX_TRIES)
             except EngineError as error:
                 log.warning("run %s: %s", job.run.id, error)
                 whole = False

@@ -687,7 +687,8 @@ class Bench:
         self._must(code is not None or reason not in CODED or (reason == "stopped" and not started), f"no exit code: {said}")
         true = {None, *(() if cell.endless else (3,)), *((137, 143) if killed else ())}
         self._must(code in true and state["status"] != "succeeded", f"a guess: {said}")
-        self._must(reason not in SIGNALLED or killed or not started, f"the engine took no signal: {said}")
+        removed = "removed" in state.get("error", "") and self._said("remove")  # which kills as well
+        self._must(reason not in SIGNALLED or killed or removed or not started, f"the engine took no signal: {said}")
         self._must(len(started) <= 1, f"it ran {len(started)} times: {said}")
         if cell.fault == "500" or (cell.call == "kill" and cell.point != "before"):
             return  # A refusal may end a run; a signal whose answer was lost may be told either way.
