@@ -122,7 +122,7 @@ HEALTH_SECONDS = 2  # the same for /health, and for a connection
 HURRY_SECONDS = 1.5  # the same once the run is to be gone; longer after each time that it was not enough
 MAX_ANSWER_BYTES = 64 * MIB  # of an engine's answer that is read as a whole: 10,000 containers are 20 MB
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
-MAX_TRIES = 6  # of a step that breaks while the engine answers; the pauses between them are 10 s in all
+MAX_TRIES = 10  # of a step that breaks while the engine answers; the pauses between them are 16 s in all
 SLOW_SECONDS = 8  # a try that took longer counts for three
 FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container is looked at; each pause is twice the last
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
@@ -1918,7 +1918,8 @@ class Patience:
             os.read(self.wake, 4096)
 
     def sleep(self, seconds: float) -> None:
-        """A pause, which is short for whoever is in a hurry."""
+        """A pause, which is short for whoever is in a hurry, and ends with the next ring."""
+        self.heard()
         poll = select.poll()
         if self._hurried == math.inf:
             poll.register(self.wake, select.POLLIN)
@@ -2491,7 +2492,8 @@ class Engine:
     @asks_to("attach")
     def attach(self, container: str) -> Reply:
         """The container's output from now on, as frames cut anywhere."""
-        return self._call("POST", f"/containers/{container}/attach", query={"stream": 1, **BOTH_STREAMS}).streamed()
+        path = f"/containers/{container}/attach"
+        return _raw(self._call("POST", path, query={"stream": 1, **BOTH_STREAMS}).streamed())
 
     @asks_to("read the log")
     def kept_output(self, container: str, follow: bool) -> Reply:
@@ -2506,7 +2508,7 @@ class Engine:
         wait as long as it runs."""
         path, query = f"/containers/{container}/attach", {"stream": 1, "stdin": 1}
         headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        reply = self._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf)
+        reply = _raw(self._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf))
         reply.wire.patience = None
         return reply
 
@@ -2583,6 +2585,14 @@ class Engine:
         runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
         # An image can carry any label, and somebody else may run it; but the name is ours alone.
         return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
+
+
+def _raw(reply: Reply) -> Reply:
+    """An answer that is a stream from or to a container. Raises ValueError for another."""
+    if not reply.header("Content-Type").startswith("application/vnd.docker."):
+        reply.close()
+        raise ValueError("not a container's stream")
+    return reply
 
 
 def container_name(run_id: str) -> str:
@@ -3386,8 +3396,8 @@ class Runner:
             ending = self._line(job, engine)
         except RunEnds as end:
             ending = {"reason": end.reason, "error": str(end)}
-        except EngineError as error:
-            ending = {"reason": "engine_error", "error": str(error)}
+        except EngineError as error:  # of a run that was killed only how it ended is not known
+            ending = {"reason": job.taken if job.dropped and job.taken else "engine_error", "error": str(error)}
         except Exception:
             log.exception("run %s", job.run.id)
             ending = {"reason": "engine_error", "error": "lightrun failed; its log says how"}
@@ -3424,9 +3434,10 @@ class Runner:
                 away = self._sit_out(job, error)
                 slow = time.monotonic() - began > SLOW_SECONDS
                 job.failures = 0 if away else job.failures + (MAX_TRIES // 2 if slow else 1)
-                if job.failures >= tries:
+                if job.failures >= (min(tries, 2) if job.dropped else tries):
                     raise EngineError(f"{error}, again and again") from error
-                job.patience.lengthen()
+                if not job.dropped:
+                    job.patience.lengthen()
                 job.patience.sleep(min(RETRY_SECONDS, FIRST_LOOK_SECONDS * 4**job.failures))
 
     def _sit_out(self, job: Job, error: EngineAbsent) -> bool:
@@ -3657,7 +3668,7 @@ class Runner:
     def _hear_out(self, job: Job, engine: Engine, state: ContainerState) -> ContainerState:
         """Read what is left of the output of a container that has exited, from the attach stream and then from the engine's
         copy, as long as it comes."""
-        for _ in range(2):
+        for _ in range(1 if job.dropped else 2):
             late = time.monotonic() + ENGINE_SECONDS
             while job.hearing is not Hearing.ENDED and time.monotonic() < late:
                 job.patience.heard()
@@ -3708,7 +3719,7 @@ class Runner:
     def _reason(self, job: Job, engine: Engine, state: ContainerState) -> str:
         if not job.taken and job.killing.unanswered:  # the engine may have taken it all the same
             with contextlib.suppress(EngineError):
-                if engine.has_sent(job.container, job.killing.unanswered, state.started or 0, state.told):
+                if engine.has_sent(job.container, job.killing.unanswered, state.started or 0, state.told + 1):
                     job.taken = job.killing.reason
         if job.taken:
             return job.taken
@@ -3725,7 +3736,7 @@ class Runner:
         if job.hearing is not Hearing.ENDED or job.log.missed:
             try:
                 copy_output = functools.partial(engine.kept_output, job.container, follow=False)
-                self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=2 if job.dropped else MAX_TRIES)
+                self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=1 if job.dropped else MAX_TRIES)
             except EngineError as error:
                 log.warning("run %s: %s", job.run.id, error)
                 whole = False

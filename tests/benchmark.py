@@ -535,6 +535,7 @@ def fill(state_dir: Path, count: int) -> list[str]:
             for name in ids[1:]:
                 values = [value.replace(run.id, name) if isinstance(value, str) else value for value in row.values()]
                 database.execute(text, values)
+        database.execute("UPDATE kept SET bytes = bytes * ?, runs = ?", (count, count))
         database.commit()
     return ids
 

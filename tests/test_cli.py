@@ -663,14 +663,14 @@ def test_variables_set_up_a_daemon(daemon: DaemonFactory) -> None:
 
 
 def test_an_open_server_says_so(daemon: DaemonFactory) -> None:
-    log = daemon().log()
-    assert "--token" in log
-    assert "WARNING" not in log
+    lightrun = daemon()
+    assert eventually(lambda: "--token" in lightrun.log())
+    assert "WARNING" not in lightrun.log()
 
 
 def test_an_open_server_on_every_address_says_so_loudly(daemon: DaemonFactory) -> None:
-    warnings = [line for line in daemon("--host", "0.0.0.0").log().splitlines() if "WARNING" in line]
-    assert any("--token" in line for line in warnings)
+    lightrun = daemon("--host", "0.0.0.0")
+    assert eventually(lambda: any("--token" in line and "WARNING" in line for line in lightrun.log().splitlines()))
 
 
 def test_a_server_with_a_token_has_nothing_to_say_about_it(daemon: DaemonFactory) -> None:

@@ -276,7 +276,7 @@ def test_clocks_that_differ(proxied: Proxied) -> None:
             seconds = state["timings"]["run"] / 1000
             said = (clock, state)
             assert (state["reason"], state["exitCode"]) == (reason, 3 if reason == "exited" else 137), said
-            assert least - 0.1 <= seconds < least + 5, said
+            assert least - 0.4 <= seconds < least + 5, said
             assert moment(state, "createdAt") <= moment(state, "startedAt") < moment(state, "finishedAt"), said
             assert moment(state, "startedAt") + seconds <= moment(state, "finishedAt") + 0.01, said
             assert abs(moment(state, "createdAt") - time.time()) < 60, said

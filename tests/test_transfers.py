@@ -201,12 +201,33 @@ SPECIAL_NAMES = ("link", "out", "dangling", "self", "pipe", "socket", "null", "d
 def test_only_plain_files_come_back(lightrun: Daemon, device_image: str) -> None:
     state = lightrun.run(image=device_image, entrypoint=SPECIAL + PLAIN, extract=["."])
     skipped = state["extracted"][0].pop("skipped")
-    assert state["extracted"] == [{"from": ".", "status": "ok", "bytes": len("good\n" * 2 + "in\n")}]
-    # And in d: a link, a pipe, the second name of a file. An engine may leave out the socket by itself.
-    assert skipped in {len(SPECIAL_NAMES) + 3, len(SPECIAL_NAMES) + 2}
-    found = kept(lightrun, state)
-    assert {found.pop("d/good", None), found.pop("d/hard", None)} == {b"good\n", None}
-    assert found == {"good": b"good\n", "open": None, "closed": None, "closed/f": b"in\n", "d": None}
+    assert state["extracted"] == [{"from": ".", "status": "ok", "bytes": len("good\n" * 3 + "in\n")}]
+    # And in d: a link and a pipe. An engine may leave out the socket by itself.
+    assert skipped in {len(SPECIAL_NAMES) + 2, len(SPECIAL_NAMES) + 1}
+    assert kept(lightrun, state) == {
+        "good": b"good\n", "open": None, "closed": None, "closed/f": b"in\n", "d": None, "d/good": b"good\n",
+        "d/hard": b"good\n",
+    }  # fmt: skip
+    assert {entry["path"]: entry["mode"] for entry in state["artifacts"] if "mode" in entry} == {"good": "0777"}
+
+
+def test_an_executable_comes_back_with_its_mode_and_both_its_names(lightrun: Daemon) -> None:
+    """As Cargo builds them: `target/debug/app` is a hard link to `deps/app-…`."""
+    script = """mkdir -p target/debug/deps; cd target/debug; printf '#!/bin/sh\necho built\n' > deps/app-1f
+        chmod 750 deps/app-1f; ln deps/app-1f app; ln deps/app-1f zapp; echo > plain"""
+    state = lightrun.run(entrypoint=script, extract=["target", "target/debug/app"])
+    body = b"#!/bin/sh\necho built\n"
+    tool: dict[str, Any] = {"bytes": len(body), "type": "file", "mode": "0750"}
+    assert [entry for entry in state["artifacts"] if entry["type"] == "file"] == [
+        {"path": "app", **tool}, {"path": "debug/app", **tool}, {"path": "debug/deps/app-1f", **tool},
+        {"path": "debug/plain", "bytes": 1, "type": "file"}, {"path": "debug/zapp", **tool},
+    ]  # fmt: skip
+    assert [path for path, content in kept(lightrun, state).items() if content == body] != []
+    response = lightrun.request("GET", f"/runs/{state['id']}/artifacts", headers={"Accept": "application/x-tar"})
+    with tarfile.open(fileobj=io.BytesIO(response.body)) as archive:
+        assert {info.name: info.mode for info in archive if info.isreg()} == {
+            "app": 0o750, "debug/app": 0o750, "debug/deps/app-1f": 0o750, "debug/plain": 0o644, "debug/zapp": 0o750,
+        }  # fmt: skip
 
 
 def test_nothing_else_comes_back_by_name(lightrun: Daemon, device_image: str) -> None:
@@ -322,6 +343,28 @@ def test_bytes_at_the_limit_and_one_over(lightrun: Daemon) -> None:
     assert kept(lightrun, state).keys() == {"most", "1"}
     assert shutil.disk_usage(lightrun.state_dir).used - before < 2 * LIMIT
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("name", ["$(printf '\\377')", "$(yes d/ | head -n 70 | tr -d '\\n')f", "plain"])
+def test_a_sparse_file_that_is_skipped_is_not_read_to_its_end(lightrun: Daemon, name: str) -> None:
+    script = f'f="many/{name}"; mkdir -p "$(dirname "$f")"; truncate -s 1000G "$f"; echo > other'
+    began = time.monotonic()
+    state = lightrun.run(entrypoint=script, extract=["many", "other"])
+    assert fates(state) == ["error", "ok"]
+    assert "larger" in state["extracted"][0]["message"]
+    assert kept(lightrun, state) == {"other": b"\n"}
+    assert time.monotonic() - began < 30
+
+
+def test_names_come_back_whatever_the_locale(daemon: DaemonFactory) -> None:
+    lightrun = daemon(env={"LC_ALL": "POSIX", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    script = "mkdir -p é/ü; printf 1 > é/ü/😀; printf 2 > \"$(printf 'é/\\377')\"; printf 3 > ö"
+    state = lightrun.run(entrypoint=script, extract=["é", "ö", "/app"])
+    assert [(entry["status"], entry.get("skipped")) for entry in state["extracted"]] == [("ok", 1), ("ok", None), ("error", None)]
+    assert kept(lightrun, state) == {"ü": None, "ü/😀": b"1", "ö": b"3"}
+    assert lightrun.request("GET", f"/runs/{state['id']}/artifacts/{quote('ü/😀')}").body == b"1"
+    assert lightrun.request("DELETE", f"/runs/{state['id']}").status == 204
+    assert not artifacts_folder(lightrun, state["id"]).exists()
 
 
 def test_thirty_thousand_files(lightrun: Daemon) -> None:
