@@ -3595,7 +3595,9 @@ class Runner:
                     self._lose(job)
             waits = job.output is None
             self._listen(job, engine, min(look_at, job.killing.at) - time.monotonic())
-            if waits or job.starved is not None:
+            if waits:
+                look_at = time.monotonic()
+            elif job.starved is not None:
                 look_at = min(look_at, time.monotonic() + FIRST_LOOK_SECONDS)
 
     @staticmethod
@@ -3630,8 +3632,9 @@ class Runner:
         if job.starting:
             job.shift = _shift(started, started, *job.starting)
         else:
-            job.shift = _shift(state.told, state.told + 1, job.now(), job.now())  # a Date has whole seconds
-            elapsed = max(0.0, job.now() - job.shift - started)
+            now = job.now()  # a Date has whole seconds: of another clock, the earliest that it may be
+            job.shift = now - state.told if _shift(state.told, state.told + 1, now, now) else 0.0
+            elapsed = max(0.0, now - job.shift - started)
             job.killing.by(time.monotonic() + job.request.timeout - elapsed)
         job.run.image_id, job.run.started = state.image_id, max(job.run.created, started + job.shift)
         job.log.nudge()
@@ -4382,7 +4385,7 @@ class Api:
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
-            if not started and (job is None or job.run.started or job.run.phase in {"running", "extracting"}):
+            if not started and (kept or job is None or job.run.phase in {"running", "extracting"} or job.run.started):
                 started = True
                 yield {"event": "started"}
             if kept is None and not gap:
