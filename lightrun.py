@@ -3701,6 +3701,9 @@ class Runner:
     def _conclude(self, job: Job, engine: Engine, state: ContainerState) -> dict[str, Any]:
         """What became of a container that has exited, and what it leaves."""
         self._complete_log(job, engine)
+        if state.exit_code == 137 and not (state.oom_killed or job.taken):  # an engine may be late to say what killed it
+            time.sleep(2 * FIRST_LOOK_SECONDS)
+            state = self._persist(job, lambda: self._look(job, engine))
         if state.started is not None and state.finished is not None:  # as the engine tells both
             job.ran = round(max(0.0, state.finished - state.started) * 1000)
         reason = self._reason(job, engine, state)
@@ -3798,6 +3801,8 @@ class Runner:
         job.enter(job.run.phase)
         if job.ran is not None:
             job.run.timings["run"] = job.ran
+            if job.run.started is not None:
+                job.run.started = max(job.run.created, min(job.run.started, job.now() - job.ran / 1000))
         frames = job.log.frames()
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending

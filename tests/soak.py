@@ -301,7 +301,7 @@ class Soak:
         daemon = self.daemon
         assert eventually(lambda: not daemon.containers()), "containers left"
         assert eventually(lambda: not self._volumes() - volumes), "volumes left"
-        assert len(self._client.networks(names=["lightrun"])) == 1
+        assert [each["Name"] for each in self._client.networks(names=["lightrun"])].count("lightrun") == 1
         assert not list((daemon.state_dir / "secrets").iterdir()), "secrets left"
         _, states = self._request("GET", "/runs?limit=1000")
         with_artifacts = {run["id"] for run in states if daemon.state(run["id"]).get("artifacts")}

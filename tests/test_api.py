@@ -835,7 +835,7 @@ def test_folders_list_their_direct_children(api: Daemon, kept: str) -> None:
     for path in ("/d", "/d/"):
         children = get(api, kept + path).json()
         assert children == [entry for entry in everything if entry["path"] in {"d/empty", "d/sub", "d/é \"q\".txt"}]
-    assert get(api, kept + "/d/sub").json() == [{"path": "d/sub/x", "bytes": 1, "type": "file"}]
+    assert get(api, kept + "/d/sub").json() == [{"path": "d/sub/x", "bytes": 1, "type": "file", "mode": "0777"}]
 
 
 @pytest.mark.parametrize(
