@@ -2102,10 +2102,10 @@ class Reply:
         with translated("go on with its answer"):
             return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds) else None
 
-    def pieces(self) -> Iterator[bytes]:
-        """The body, piece by piece. Raises EngineAbsent."""
+    def pieces(self, silence: float = COPY_SECONDS) -> Iterator[bytes]:
+        """The body, piece by piece, none of which takes longer than some seconds. Raises EngineAbsent."""
         with contextlib.closing(self):
-            while piece := self.next(seconds=COPY_SECONDS):
+            while piece := self.next(seconds=silence):
                 yield piece
             if piece is None:
                 raise EngineAbsent("the engine did not answer in time (to go on with its answer)")
@@ -2389,7 +2389,7 @@ class Engine:
             )  # fmt: skip
         rest = b""
         with contextlib.closing(reply.streamed(seconds)):
-            while piece := reply.next(seconds=seconds):
+            for piece in reply.pieces(seconds):
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in filter(bytes.strip, lines):
                     with translated("pull the image"):
@@ -2397,8 +2397,6 @@ class Engine:
                     if "error" in event:
                         raise EngineError(f"the engine cannot pull the image: {event['error']}")
                     yield event
-            if piece is None:
-                raise EngineAbsent("the engine did not answer in time (to pull the image)")
 
     def _network_mode(self, name: str | None) -> str:
         """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
