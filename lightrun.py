@@ -3269,9 +3269,9 @@ class Runner:
 
     # -- taking runs in, and looking at them
 
-    def submit(self, request: RunRequest, raw: bytes, key: str | None = None) -> str:
-        """Accept a run, whose id this returns: it is recorded then. With the idempotency key of another run, that one's
-        id, if the body is the same. Raises Unavailable, Conflict."""
+    def submit(self, request: RunRequest, raw: bytes, key: str | None = None) -> tuple[str, Job | None]:
+        """Accept a run: its id, which is recorded then, and itself, None when it has ended. With the idempotency key of
+        another run, that one, if the body is the same. Raises Unavailable, Conflict."""
         if key is None:
             return self._accept(request, None, "")
         digest = hashlib.sha256(raw).hexdigest()
@@ -3282,9 +3282,9 @@ class Runner:
         run_id, known_digest = known
         if known_digest != digest:
             raise Conflict("the Idempotency-Key belongs to a run with another body")
-        return run_id
+        return run_id, self.job(run_id)
 
-    def _accept(self, request: RunRequest, key: str | None, digest: str) -> str:
+    def _accept(self, request: RunRequest, key: str | None, digest: str) -> tuple[str, Job]:
         if self.stopping:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         if not self._keeper.engine_up:
@@ -3295,20 +3295,21 @@ class Runner:
         self._places.take()
         try:
             job = Job(run, request, self._settings)
-            try:
-                self._store.add(run, key, digest, None if waited else request.pack())
-            except BaseException:
-                job.close()
-                raise
+            with self._lock:  # before anybody can see the record, of which half is here
+                self._jobs[run.id] = job
+            self._store.add(run, key, digest, None if waited else request.pack())
         except BaseException as error:
             self._places.give_back()
+            with self._lock:
+                unseen = self._jobs.pop(run.id, None)
+            if unseen:
+                unseen.done.set()
+                unseen.close()
             if isinstance(error, OSError):
                 raise Unavailable("busy", f"lightrun has no room for another run: {error.strerror}") from error
             raise
-        with self._lock:
-            self._jobs[run.id] = job
         self._places.enqueue(job)
-        return run.id
+        return run.id, job
 
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
@@ -4339,11 +4340,10 @@ class Api:
     def run(self, call: Call) -> Answer:
         """POST /run"""
         with contextlib.ExitStack() as place:
-            run_id, detached = self._submit(call, place)
+            run_id, job, detached = self._submit(call, place)
             place.enter_context(_accepted(run_id))
-            job = self._runner.job(run_id)
             if detached:
-                status = "running" if job else json.loads(self._store.head(run_id))["status"]
+                status = job.run.status if job else json.loads(self._store.head(run_id))["status"]
                 return json_answer({"id": run_id, "status": status, "url": f"/runs/{run_id}"}, 202, Location=f"/runs/{run_id}")
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
@@ -4353,8 +4353,8 @@ class Api:
                 raise Gone
             return json_answer(self._state(run_id, job))
 
-    def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, bool]:
-        """Id of the accepted run, and whether it is detached; the body, which may be large, is not held longer."""
+    def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
+        """The accepted run, and whether it is detached; the body, which may be large, is not held longer."""
         raw = call.json_body()
         request = RunRequest.parse(raw, self._settings)
         key = call.header("Idempotency-Key", None)
@@ -4362,7 +4362,7 @@ class Api:
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
         if not request.detached:
             place.enter_context(self._waiting_place())
-        return self._runner.submit(request, raw, key), request.detached
+        return *self._runner.submit(request, raw, key), request.detached
 
     def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
         """Until the run has ended, the time is up or the client has gone."""

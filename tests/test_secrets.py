@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,12 @@ def test_callbacks_that_nobody_takes(lightrun: Daemon, receiver: Receiver) -> No
     nothing_is_left(lightrun)
 
 
+def is_fed(daemon: Daemon, run: str) -> bool:
+    """Whether it is recorded that the run's stdin was written whole; without that a restart interrupts it."""
+    with contextlib.closing(sqlite3.connect(daemon.state_dir / "lightrun.db")) as database:
+        return bool(database.execute("SELECT fed FROM runs WHERE id = ?", [run]).fetchone()[0])
+
+
 def test_a_daemon_that_is_killed(daemon: DaemonFactory, receiver: Receiver, locked: Registry, tmp_path: Path) -> None:
     """Once with a run that is running, one that waits for its place, and a callback that is owed; then when all is done."""
     lightrun = guarded(daemon, locked, tmp_path, "--log-format", "json", "--max-concurrent", "1")
@@ -309,8 +316,8 @@ def test_a_daemon_that_is_killed(daemon: DaemonFactory, receiver: Receiver, lock
     fed, waiting = secrets(receiver)
     owed = lightrun.detach(**fed, entrypoint="true")
     lightrun.wait_for(owed, lambda state: state["callback"]["attempts"] == 1)
-    runs = [lightrun.detach(**fields, entrypoint="cat > /dev/null; sleep 1") for fields in (fed, waiting)]
-    lightrun.wait_for(runs[0], lambda state: state.get("phase") == "running")
+    runs = [lightrun.detach(**fields, entrypoint="cat > /dev/null; sleep 2") for fields in (fed, waiting)]
+    assert eventually(lambda: is_fed(lightrun, runs[0]))
     lightrun.kill()
     assert kept(lightrun, running=True) == {}
     assert all(path.stat().st_mode & 0o077 == 0 for path in (lightrun.state_dir / "secrets").iterdir())
