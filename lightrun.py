@@ -49,6 +49,7 @@ import heapq
 import hmac
 import http.client
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -67,6 +68,7 @@ import sqlite3
 import ssl
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -96,7 +98,10 @@ MAX_JSON_DEPTH = 100  # levels of nesting in a body; far below Python's recursio
 MAX_FOLDERS = 10_000  # that the files of a request need; each is a member of the tar
 MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
 MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
+MAX_OUTPUT_BYTES = 1 << 50  # the largest outputLimit
+MAX_FILE_BYTES = 1 << 60  # the largest fileSize
 MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
+SAFE_MEMORY_BYTES = 16 * MIB  # what every runc needs to start a container
 MIN_PIDS = 2  # the init and one program
 MAX_QUERY_BYTES = 4 * KIB  # of a URL's query
 MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket (unix(7), with its NUL)
@@ -128,6 +133,8 @@ FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container i
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
 COPY_SECONDS = 10  # of silence in the engine's copy of what a container that has exited printed
 QUIET_SECONDS = 2  # of silence in the output of a container that has exited
+METER_SECONDS = 0.02  # the shortest pause between two looks at the CPU time of a run that has a limit of it
+MEMORY_SLACK_BYTES = 512 * KIB  # of a cgroup's figures of memory: each CPU holds some pages in advance
 KILL_SECONDS = 2  # after SIGKILL, until it is sent again; each pause is twice the last
 MAX_KILLS = 12  # until it is said that the container cannot be killed
 MAX_FAILED_KILLS = 2  # until a cancelled run's container is removed instead
@@ -335,6 +342,7 @@ class Settings:
     memory: int = option(_bytes(MIN_MEMORY_BYTES), 512 * MIB, "memory of every run", "512m")
     cpus: float = option(_cpus, 1.0, "CPUs of every run", "1")
     pids: int = option(_integer(MIN_PIDS, 4_194_304), 100, "processes and threads of every run")
+    file_size: int | None = option(_bytes(0), None, "largest file that a program may write", "no limit")
     runtime: str | None = option(_text, None, "OCI runtime, such as runc, crun or runsc", "the engine's default")
     pull: str = option(_one_of("missing", "always", "never"), "missing", "when to pull: missing, always or never")
     pull_timeout: float = option(_duration(0.001), 600.0, "time limit of a pull", "10m")
@@ -379,9 +387,17 @@ _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REFERENCE = rf"^(?:sha256:[a-f0-9]{{64}}|(?:{_HOST}/)?{_NAME}(?:/{_NAME})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[a-f0-9]{{64}})?)$"
 
 
-def request_schema(settings: Settings) -> dict[str, Any]:
-    """JSON Schema (2020-12) of the body of `POST /run` under the operator's limits. `says` is the error for a `pattern`
-    or a `format`, where the keyword alone would not tell a person what to do."""
+def _size_field(low: int, high: int, name: str, description: str) -> dict[str, Any]:
+    """A field in bytes, as a number or as `256m`; `name` is that of its format."""
+    says = f"must be a size such as 256m, from {low} to {high} bytes"
+    text = {"type": "string", "pattern": _SIZE, "format": name, "says": says}
+    return {"anyOf": [{"type": "integer", "minimum": low, "maximum": high}, text], "description": description}
+
+
+def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the body of `POST /run` under the operator's limits, and where CPU time can be `metered` or
+    not. `says` is the error for a `pattern`, a `format` or a `not`, where the keyword alone would not tell a person what to
+    do."""
     command = {"type": "string", "minLength": 1, "maxLength": 2048}
     fields: dict[str, dict[str, Any]] = {
         "image": {
@@ -431,16 +447,20 @@ def request_schema(settings: Settings) -> dict[str, Any]:
             "type": "integer", "minimum": 1, "maximum": 3_600_000, "default": 1_200_000,
             "description": "Wall time of the container in ms, from its start.",
         },
-        "memory": {
-            "anyOf": [
-                {"type": "integer", "minimum": MIN_MEMORY_BYTES, "maximum": settings.memory},
-                {"type": "string", "pattern": _SIZE, "format": "memory",
-                 "says": f"must be a size such as 256m, from {MIN_MEMORY_BYTES} to {settings.memory} bytes"},
-            ],
-            "description": "Memory, as bytes or 256m; at most the operator's limit.",
-        },
+        "memory": _size_field(MIN_MEMORY_BYTES, settings.memory, "memory", "Memory, as bytes or 256m."),
         "cpus": {"type": "number", "minimum": 0.01, "maximum": settings.cpus, "description": "CPUs."},
         "pids": {"type": "integer", "minimum": MIN_PIDS, "maximum": settings.pids, "description": "Processes and threads."},
+        "fileSize": _size_field(0, _most_file_size(settings), "file-size", "Largest file that a program may write."),
+        "cpuTime": {
+            **({"type": "integer", "minimum": 1, "maximum": 3_600_000} if metered else {"not": {}}),
+            "says": "cannot be kept to here: lightrun does not see the cgroups of its engine",
+            "description": "CPU time in ms of all processes, user and system, after which the run is killed.",
+        },
+        "outputLimit": {
+            "type": "integer", "minimum": 0, "maximum": MAX_OUTPUT_BYTES,
+            "description": "Bytes of stdout and stderr together; with more the run is killed, and only so many are told.",
+        },
+        "splitLogs": {"type": "boolean", "default": False, "description": "The state has stdout and stderr in place of logs."},
         "extract": {
             "type": "array", "minItems": 1, "maxItems": 20,
             "items": {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
@@ -463,6 +483,10 @@ def request_schema(settings: Settings) -> dict[str, Any]:
         },
     }  # fmt: skip
     return {"type": "object", "required": ["image"], "additionalProperties": False, "properties": fields}
+
+
+def _most_file_size(settings: Settings) -> int:
+    return MAX_FILE_BYTES if settings.file_size is None else settings.file_size
 
 
 def _good_workdir(path: str) -> bool:
@@ -489,6 +513,7 @@ def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
         "workdir": _good_workdir,
         "network": lambda name: name not in {"host", "default"},
         "memory": lambda text: MIN_MEMORY_BYTES <= parse_size(text) <= settings.memory,
+        "file-size": lambda text: parse_size(text) <= _most_file_size(settings),
         "callback-url": _good_url,
         "callback-secret": lambda text: not text.startswith("whsec_") or bool(_is_base64(text[6:])),
         "base64": _is_base64,
@@ -524,7 +549,9 @@ class Schema:
         return ({"path": path, "message": message} for path, message in self._check(value, self.schema, []))
 
     def _check(self, value: Any, schema: dict[str, Any], path: list[Any]) -> Iterator[tuple[list[Any], str]]:
-        if "anyOf" in schema:
+        if "not" in schema:
+            yield path, schema["says"]
+        elif "anyOf" in schema:
             fitting = [choice for choice in schema["anyOf"] if _is(value, choice["type"])]
             if fitting:
                 yield from self._check(value, fitting[0], path)
@@ -727,12 +754,16 @@ class RunRequest:
     detached: bool
     callback_url: str | None
     callback_secret: str | None
+    file_size: int | None = None
+    cpu_time: float | None = None  # seconds
+    output_limit: int | None = None
+    split_logs: bool = False
 
     @classmethod
-    def parse(cls, raw: bytes, settings: Settings) -> RunRequest:
+    def parse(cls, raw: bytes, settings: Settings, metered: bool = True) -> RunRequest:
         """Check the body of `POST /run`. Raises BadRequest with every problem, NotAllowed for what a list refuses."""
-        body = _checked(raw, Schema(request_schema(settings), _formats(settings)), _together)
-        entrypoint, memory = body.get("entrypoint"), body.get("memory", settings.memory)
+        body = _checked(raw, Schema(request_schema(settings, metered), _formats(settings)), _together)
+        entrypoint = body.get("entrypoint")
         if isinstance(entrypoint, str):
             entrypoint = ["sh", "-c", shell_script(body.get("setup", []), entrypoint)]
         stdin = json.dumps(body["input"], ensure_ascii=False) if "input" in body else body.get("stdin")
@@ -746,7 +777,7 @@ class RunRequest:
             workdir=clean_path(body.get("workdir", "/app")),
             network=body.get("network"),
             timeout=body.get("timeout", 1_200_000) / 1000,
-            memory=parse_size(memory) if isinstance(memory, str) else int(memory),
+            memory=_size(body.get("memory", settings.memory)),
             cpus=body.get("cpus", settings.cpus),
             pids=int(body.get("pids", settings.pids)),
             extract=body.get("extract", []),
@@ -754,14 +785,19 @@ class RunRequest:
             detached=body.get("detached", False),
             callback_url=body.get("callbackUrl"),
             callback_secret=body.get("callbackSecret"),
+            file_size=_size(body.get("fileSize")),
+            cpu_time=body["cpuTime"] / 1000 if "cpuTime" in body else None,
+            output_limit=body.get("outputLimit"),
+            split_logs=body.get("splitLogs", False),
         )
         request.allowed_by(settings)
         return request
 
     def allowed_by(self, settings: Settings) -> None:
         """Raises NotAllowed when one of the operator's lists or limits refuses this request."""
-        for name in ("memory", "cpus", "pids"):
-            if getattr(self, name) > getattr(settings, name):
+        for name in ("memory", "cpus", "pids", "file_size"):
+            limit, asked = getattr(settings, name), getattr(self, name)
+            if None not in {limit, asked} and asked > limit:
                 raise NotAllowed(f"{name} is over the limit of today")
         if settings.allow_image and not matches_any(self.reference, settings.allow_image):
             raise NotAllowed(f"image {self.reference} is not one that --allow-image names")
@@ -809,6 +845,11 @@ def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: ()) 
     return body  # type: ignore[no-any-return]  # the schema says it is an object
 
 
+def _size(value: Any) -> Any:
+    """Bytes of a field that is checked; None for None."""
+    return parse_size(value) if isinstance(value, str) else value and int(value)
+
+
 def _content(value: str | dict[str, str]) -> bytes:
     return value.encode() if isinstance(value, str) else base64.b64decode(value["base64"])
 
@@ -835,9 +876,9 @@ def is_link_local(host: str) -> bool:
 # Run: the record of a run
 # --------------------------------------------------------------------------------------------------------------------
 
-REASONS = [
-    "exited", "stopped", "timeout", "oom", "cancelled", "interrupted", "pull_failed", "start_failed", "lost", "engine_error",
-]  # fmt: skip
+EXTRACTED = ["exited", "stopped", "timeout", "cpu_limit", "output_limit", "oom"]  # with `extractOn: exit`
+REASONS = [*EXTRACTED, "cancelled", "interrupted", "pull_failed", "start_failed", "lost", "engine_error"]
+STDIN_BROKE = "the connection that carried its stdin broke; it may have taken that for the end of its input"
 PHASES = {"queued": "queue", "pulling": "pull", "starting": "start", "running": "run", "extracting": "extract"}
 
 
@@ -877,6 +918,8 @@ class Run:
     artifacts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     extracted: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     callback: dict[str, Any] | None = None
+    usage: dict[str, int] = dataclasses.field(default_factory=dict)
+    split_logs: bool = False  # the state has stdout and stderr apart
 
     @property
     def status(self) -> str:
@@ -905,6 +948,7 @@ class Run:
             "error": self.error,
             "durationMs": None if self.finished is None else max(0, round((self.finished - self.created) * 1000)),
             "timings": self.timings if final else None,
+            "usage": self.usage or None,
             "logsTruncated": self.logs_truncated,
             "callback": self.callback,
         }
@@ -916,14 +960,17 @@ class Run:
         return cls(head["id"], head["image"], parse_timestamp(head["createdAt"]), waited, callback=head.get("callback"))
 
     def tail(self) -> dict[str, Any]:
-        """The two parts of the state that can be long, kept apart from the head."""
-        parts = {"artifacts": self.artifacts, "extracted": self.extracted}
+        """What the state shows beside the head, kept apart from it since it can be long."""
+        parts = {"artifacts": self.artifacts, "extracted": self.extracted, "splitLogs": self.split_logs}
         return {name: part for name, part in parts.items() if part}
 
 
-def whole_state(head: dict[str, Any], tail: dict[str, Any], lines: list[str]) -> dict[str, Any]:
-    """The state as `GET /runs/<id>` and a callback show it."""
-    state = {**head, "logs": lines}
+def whole_state(head: dict[str, Any], tail: dict[str, Any], kept: bytes) -> dict[str, Any]:
+    """The state as `GET /runs/<id>` and a callback show it. `kept` is the log, as Log.frames()."""
+    if (tail := dict(tail)).pop("splitLogs", False):
+        state = {**head, **{name: raw_log(kept, name).decode(errors="replace") for name in STREAMS.values()}}
+    else:
+        state = {**head, "logs": log_lines(kept)}
     state["logsTruncated"] = state.pop("logsTruncated")
     callback = state.pop("callback", None)
     return {**state, **tail, **({"callback": callback} if callback else {})}
@@ -968,6 +1015,7 @@ CREATE TABLE details (                      -- apart, so that lists never read p
 CREATE TABLE kept AS  -- one row, part of every transaction that changes it
     SELECT coalesce(sum(size), 0) AS bytes, count(*) AS runs FROM runs WHERE status != 'running';
 """,
+    "ALTER TABLE runs ADD COLUMN meter TEXT;  -- JSON of Slot.begin(): what was counted before its container started\n",
 )
 
 
@@ -1115,10 +1163,10 @@ class Store:
         rows = self._all("SELECT id, digest FROM runs WHERE key = ?", key)
         return rows[0] if rows else None
 
-    def begin(self, run_id: str) -> None:
-        """Record that the run's container is about to be started."""
+    def begin(self, run_id: str, meter: str | None = None) -> None:
+        """Record that the run's container is about to be started, and what counts its usage."""
         with self._transaction(durable=False) as execute:
-            execute("UPDATE runs SET begun = 1 WHERE id = ?", run_id)
+            execute("UPDATE runs SET begun = 1, meter = ? WHERE id = ?", meter, run_id)
 
     def fed(self, run_id: str) -> None:
         """Record that the run's stdin was written whole."""
@@ -1131,9 +1179,9 @@ class Store:
             if row := execute("SELECT asked FROM runs WHERE id = ? AND status = 'running'", run_id).fetchone():
                 execute("UPDATE runs SET asked = ? WHERE id = ?", recorded(row[0]), run_id)
 
-    def unfinished(self) -> list[tuple[str, int, int, int, str | None]]:
-        """head, waited, begun, fed and asked of every unfinished run, in the order of acceptance."""
-        return self._all("SELECT head, waited, begun, fed, asked FROM runs WHERE status = 'running' ORDER BY seq")
+    def unfinished(self) -> list[tuple[str, int, int, int, str | None, str | None]]:
+        """head, waited, begun, fed, asked and meter of every unfinished run, in the order of acceptance."""
+        return self._all("SELECT head, waited, begun, fed, asked, meter FROM runs WHERE status = 'running' ORDER BY seq")
 
     def finish(self, run: Run, frames: bytes, callback: bytes | None = None) -> None:
         """Record the end of a run, whole, in one transaction, with what its callback needs."""
@@ -1438,10 +1486,13 @@ class Log:
 
     It comes from the attach stream and then from the engine's own copy, which tells all from the beginning: what was taken
     is skipped, and whatever comes after that was missed. The copy is in two files of COPY_FACTOR times the limit; one that
-    weighs less than a file is whole."""
+    weighs less than a file is whole.
 
-    def __init__(self, limit: int, folder: Path) -> None:
-        self._limit = limit
+    With `most`, that many bytes are all that is taken: the rest is dropped, and `full` says so."""
+
+    def __init__(self, limit: int, folder: Path, most: int | None = None) -> None:
+        self._limit, self._most = limit, math.inf if most is None else most
+        self.full = False
         self._changed = threading.Condition()  # guards all below
         self._reader = FrameReader()
         self._kept = Kept(limit)
@@ -1465,6 +1516,8 @@ class Log:
     def feed(self, data: bytes) -> None:
         """Take a piece of the output, cut anywhere. What can't be understood is dropped, and `truncated` says so."""
         with self._changed:
+            if self.full:
+                return
             fresh: list[bytes | memoryview] = []
             for stream, payload in self._reader.feed(data):
                 if stream not in STREAMS:  # 0 is stdin, 3 an error of the engine
@@ -1472,10 +1525,17 @@ class Log:
                     continue
                 if self._copying and not (payload := self._unknown(stream, payload)):
                     continue
+                room = self._most - sum(self._taken.values())
+                if len(payload) > room:
+                    self.full = self.truncated = True
+                    if not (payload := payload[: int(room)]):
+                        break
                 self._kept.append(stream, payload)
                 self._taken[stream] += len(payload)
                 if self._followers:
                     fresh += FRAME.pack(stream, len(payload)), payload
+                if self.full:
+                    break
             if self._reader.garbled:
                 self._gap()
             if self._copying and self._reader.weight > (COPY_FACTOR - 1) * self._limit:
@@ -1557,7 +1617,7 @@ class Log:
     def replace(self, pieces: Iterable[bytes]) -> None:
         """Take the engine's whole copy for all that was kept, unless it is whole and has less; followers get what they did
         not have."""
-        copy = Log(self._limit, self._spool.folder)
+        copy = Log(self._limit, self._spool.folder, None if self._most == math.inf else int(self._most))
         copy.resume()
         self.resume()
         for piece in pieces:
@@ -1578,7 +1638,7 @@ class Log:
     def nudge(self, ended: bool = False) -> None:
         """Wake followers for news of another kind, or for the end of the log."""
         with self._changed:
-            if ended and self._lost and any(self._known.values()):
+            if ended and self._lost and any(self._known.values()) and not self.full:
                 self._gap()
             self._ended = self._ended or ended
             self._changed.notify_all()
@@ -2017,11 +2077,14 @@ class Wire:
         del self._buffer[:count]
         return data
 
-    def ready(self, wake: int, seconds: float) -> bool:
-        """Whether there is something to be read, or the end, within some seconds; false at once when `wake` is readable."""
-        if self._buffer or self._ended or self._receive():
-            return True
-        return self.poll(select.POLLIN, wake, seconds) and self._receive()
+    def ready(self, wake: int, seconds: float, lines: int = 0) -> bool:
+        """Whether there is something to be read, so many whole lines at least, or the end, within some seconds; false at once
+        when `wake` is readable."""
+        late = time.monotonic() + seconds
+        while not self._ended and (not self._buffer or self._buffer.count(b"\n") < lines):
+            if not self._receive() and not (self.poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
+                return False
+        return True
 
     def read1(self, count: int) -> bytes:
         """What there is, at least a byte; b"" at the end."""
@@ -2099,8 +2162,10 @@ class Reply:
     def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
         """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
         EngineAbsent."""
+        chunk = getattr(self._response, "chunk_left", None)  # between two chunks stand the end of one and the size of another
+        lines = 0 if chunk or not self._response.chunked else 1 if chunk is None else 2
         with translated("go on with its answer"):
-            return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds) else None
+            return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
 
     def pieces(self, silence: float = COPY_SECONDS) -> Iterator[bytes]:
         """The body, piece by piece, none of which takes longer than some seconds. Raises EngineAbsent."""
@@ -2290,7 +2355,7 @@ class Engine:
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
-        self._shared = types.SimpleNamespace(api="", network_ready=False)  # by all views; the API's version once it is known
+        self._shared = types.SimpleNamespace(api="", about={}, network_ready=False)  # by all views, once it is known
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
 
@@ -2359,15 +2424,34 @@ class Engine:
         return {"version": str(about["Version"]), "apiVersion": about["ApiVersion"]}
 
     @asks_to("tell what it has")
+    def about(self) -> dict[str, Any]:
+        """What it says of itself (`/info`); asked again when it was away."""
+        if not self._shared.about:
+            self._shared.about = dict(self._call("GET", "/info", seconds=HEALTH_SECONDS).json())
+        return self._shared.about  # type: ignore[no-any-return]
+
+    @asks_to("tell what it has")
     def check_limits(self) -> None:
-        """Raises StartError for an option that this engine cannot give."""
-        about = self._call("GET", "/info", seconds=HEALTH_SECONDS).json()
+        """Raises StartError for an option that this engine cannot give, and warns of what it does not do as one would think."""
+        about = self.about()
+        for name, kept in {"memory": "MemoryLimit", "cpus": "CpuCfsQuota", "pids": "PidsLimit"}.items():
+            if about.get(kept) is False:
+                why = "; a rootless engine needs cgroup v2 for that" if "name=rootless" in about["SecurityOptions"] else ""
+                raise StartError(f"--{name}: the engine cannot limit that (/info: {kept} is false{why})")
+        if about.get("SwapLimit") is False:
+            log.warning("the engine does not limit swap: runs may use it beyond their memory")
         if self._settings.cpus > about["NCPU"]:
             raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
         if self._settings.memory > about["MemTotal"]:
             raise StartError(f"--memory {self._settings.memory}: the engine has {about['MemTotal']} bytes")
         if self._settings.runtime and self._settings.runtime not in about["Runtimes"]:
             raise StartError(f"--runtime {self._settings.runtime}: the engine knows {', '.join(sorted(about['Runtimes']))}")
+        name = self._settings.runtime or about.get("DefaultRuntime", "")
+        runtime = about["Runtimes"].get(name) or {}
+        is_gvisor = "runsc" in {name, posixpath.basename(runtime.get("path", ""))}
+        if is_gvisor and "--overlay2=none" not in (runtime.get("runtimeArgs") or []):
+            remedy = 'add "--overlay2=none" to its runtimeArgs in the engine\'s /etc/docker/daemon.json, if it knows that'
+            log.warning("runtime %s: files that a run has changed may be kept old, or not at all; %s", name, remedy)
 
     @asks_to("find the image")
     def image(self, reference: str) -> Image:
@@ -2436,13 +2520,13 @@ class Engine:
         found = self._call("GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})}).json()
         return [network for network in found if network["Name"] == NETWORK]
 
-    def forget_network(self) -> None:
-        """Look for the isolated bridge again before its next use: it may have been pruned."""
-        self._shared.network_ready = False
+    def forget(self) -> None:
+        """Ask again for what it has, and for the isolated bridge, before the next use: it may be another, or was pruned."""
+        self._shared.about, self._shared.network_ready = {}, False
 
     @asks_to("create the container")
-    def create(self, run_id: str, image: Image, request: RunRequest) -> str:
-        """Create a run's container with every hardening of SPEC 5; its id."""
+    def create(self, run_id: str, image: Image, request: RunRequest, parent: str = "") -> str:
+        """Create a run's container with every hardening of SPEC 5, below a cgroup or the engine's own (""); its id."""
         config = {
             "Image": image.id,
             "Env": [f"{name}={value}" for name, value in request.env.items()],
@@ -2451,7 +2535,7 @@ class Engine:
             "OpenStdin": request.stdin is not None,
             "StdinOnce": request.stdin is not None,
             "Healthcheck": {"Test": ["NONE"]},  # an image's own would run beside the run
-            "HostConfig": self._host_config(request),
+            "HostConfig": self._host_config(request) | ({"CgroupParent": parent} if parent else {}),
         }
         if request.command is not None:
             config |= {"Entrypoint": request.command, "Cmd": []}
@@ -2465,6 +2549,7 @@ class Engine:
 
     def _host_config(self, request: RunRequest) -> dict[str, Any]:
         copy_bytes = COPY_FACTOR * self._settings.log_limit
+        limits = {"core": 0, "fsize": self._settings.file_size if request.file_size is None else request.file_size}
         return {
             "CapDrop": ["ALL"],
             "CapAdd": CAPABILITIES,
@@ -2476,6 +2561,7 @@ class Engine:
             "MemorySwap": request.memory,
             "NanoCpus": round(request.cpus * 1e9),
             "PidsLimit": request.pids,
+            "Ulimits": [{"Name": name, "Soft": most, "Hard": most} for name, most in limits.items() if most is not None],
             "NetworkMode": self._network_mode(request.network),
             "LogConfig": {"Type": "local", "Config": {"max-size": str(copy_bytes), "max-file": "2", "compress": "false"}},
             **({"Runtime": self._settings.runtime} if self._settings.runtime else {}),
@@ -2510,10 +2596,20 @@ class Engine:
         reply.wire.patience = None
         return reply
 
+    @property
+    def local(self) -> bool:
+        """Whether it is spoken to over a Unix socket."""
+        return self._address.path is not None
+
     @asks_to("start the container")
     def start(self, container: str) -> None:
         """Start the container; to say it twice is harmless while it runs."""
-        self._call("POST", f"/containers/{container}/start", 204, 304).nothing()
+        try:
+            self._call("POST", f"/containers/{container}/start", 204, 304).nothing()
+        except Refused as error:
+            if "is ambiguous" in str(error):  # two daemons are making the network just now, and one of them is gone at once
+                raise EngineAbsent(f"the engine does not know which network is meant: {error}") from error
+            raise
 
     @asks_to("inspect the container")
     def inspect(self, container: str) -> ContainerState:
@@ -2614,6 +2710,212 @@ def _credentials(repository: str) -> str | None:
     except Exception as error:  # whatever a helper or a file of somebody else's may bring about
         log.warning("no credentials for %s: %s cannot be used (%s)", registry, where, type(error).__name__)
         return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Usage: what a run used, counted by a cgroup that its container has for a parent
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def cgroup_mounts() -> dict[str, Path]:
+    """Where the whole hierarchy of each controller can be seen, by its name; "" is version 2's. See proc(5), cgroups(7)."""
+    mounts: dict[str, Path] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            (_, _, _, root, where, *_), (kind, _, options) = (part.split(" ", 5) for part in line.split(" - "))
+            if root == "/" and kind in {"cgroup", "cgroup2"}:
+                mounts |= dict.fromkeys(options.split(",") if kind == "cgroup" else [""], Path(where))
+    return mounts
+
+
+def _figure(path: Path, name: str = "") -> int | None:
+    """The number in a file of a cgroup, or in its line of that name; None when it cannot be had."""
+    try:
+        words = path.read_text().split()
+        return int(words[words.index(name) + 1 if name else 0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+class Slot:
+    """A cgroup that is the parent of one container at a time, so that the difference of its counters is what that one used,
+    orphans and all, also when it is gone. The engine makes it. Version 1 has a hierarchy for each controller, and counts
+    kills for want of memory in the container's own cgroup only, which goes with it; but it rings for them.
+    Source: docs.kernel.org/admin-guide/cgroup-v2.html, cgroup-v1/memory.html, cgroup-v1/cpuacct.html."""
+
+    def __init__(self, parent: str, cpu: Path, memory: Path, before: dict[str, Any]) -> None:
+        self.parent, self.before = parent, before  # which slot it is, and what was counted when a container was to be started
+        self._cpu, self._memory, self._v2 = cpu, memory, cpu == memory
+        names = ("memory.current", "memory.peak") if self._v2 else ("memory.usage_in_bytes", "memory.max_usage_in_bytes")
+        self._now, self._most = (memory / name for name in names)
+        self._opened = contextlib.ExitStack()
+        self._peak: IO[str] | None = None  # through which the peak was reset: version 2 does that for one descriptor only
+        self._bell, self._own = -1, memory  # rings for each such kill, and once when the container's own cgroup goes
+
+    def begin(self) -> str:
+        """Count from now on; what a daemon that adopts the run needs to know of that."""
+        self.end()
+        counted = {"made": self._made(), "cpu": self._cpu_time(), "oom": self._oom_kills(), "memory": None}
+        with contextlib.suppress(OSError):
+            self._peak = self._opened.enter_context(self._most.open("r+", buffering=1))
+            self._peak.write("0\n")
+            counted["memory"] = _figure(self._now)
+        self.before = {name: self.before[name] for name in ("driver", "slot")} | counted
+        return to_json(self.before).decode()
+
+    def started(self) -> None:
+        """There is a container now: have the bell hung up."""
+        if self._v2 or self._bell >= 0:
+            return
+        with contextlib.suppress(OSError, StopIteration, AttributeError):
+            own = next(path for path in self._memory.iterdir() if path.is_dir())
+            bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._opened.callback(os.close, bell)
+            with (own / "memory.oom_control").open() as control:
+                (own / "cgroup.event_control").write_text(f"{bell} {control.fileno()}")
+            self._bell, self._own = bell, own
+            os.eventfd_write(bell, _figure(own / "memory.oom_control", "oom_kill") or 0)  # those that came before
+
+    def end(self) -> None:
+        """Let go of what was opened."""
+        self._opened.close()
+        self._peak, self._bell = None, -1
+
+    def _made(self) -> int | None:
+        """What tells this folder from one that was here before under its name."""
+        with contextlib.suppress(OSError):
+            return self._cpu.stat().st_ino
+        return None
+
+    def _cpu_time(self) -> int | None:
+        if self._v2:
+            used = _figure(self._cpu / "cpu.stat", "usage_usec")
+            return None if used is None else 1000 * used
+        return _figure(self._cpu / "cpuacct.usage")
+
+    def _oom_kills(self) -> int | None:
+        return _figure(self._memory / "memory.events", "oom_kill") if self._v2 else None
+
+    def _since(self, name: str, now: int | None) -> int | None:
+        """A counter's difference: all of it when the cgroup was made for this container."""
+        before = self.before.get(name) if self._made() == self.before.get("made") else 0
+        return None if now is None or before is None or now < before else now - before
+
+    def cpu_time(self) -> int | None:
+        """Nanoseconds of CPU time so far."""
+        return self._since("cpu", self._cpu_time())
+
+    def memory_peak(self) -> int | None:
+        """Bytes. What was left by earlier containers, pages of the image most likely, is not the run's; when some of that has
+        gone meanwhile, the peak cannot be told."""
+        fresh, now, peak = self._made() != self.before.get("made"), _figure(self._now), None
+        left = 0 if fresh else self.before.get("memory")
+        if left is None or now is None or now < left - MEMORY_SLACK_BYTES:
+            return None
+        if fresh or not self._v2:
+            peak = _figure(self._most)
+        elif self._peak:
+            with contextlib.suppress(OSError, ValueError):
+                self._peak.seek(0)
+                peak = int(self._peak.read())
+        return None if peak is None else max(0, peak - left)
+
+    def oom_killed(self, limit: int) -> bool:
+        """Whether the kernel has killed something of a run with this limit (bytes) for want of memory, as far as it tells."""
+        if self._v2:
+            return bool(self._since("oom", self._oom_kills()))
+        peak, rings, poll = self.memory_peak(), 0, select.poll()
+        if self._bell < 0 or (peak is not None and peak < limit - MEMORY_SLACK_BYTES):
+            return False
+        poll.register(self._bell, select.POLLIN)
+        while poll.poll(0 if self._own.exists() or not rings else FIRST_LOOK_SECONDS * 1000):
+            rings += os.eventfd_read(self._bell)
+        return rings > (not self._own.exists())
+
+    def usage(self) -> dict[str, int]:
+        """`cpuMs` and `memoryPeakBytes`, each if it can be had."""
+        cpu, peak = self.cpu_time(), self.memory_peak()
+        figures = {"cpuMs": None if cpu is None else round(cpu / 1e6), "memoryPeakBytes": peak}
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+class Slots:
+    """The slots of one daemon, of which each run that has a worker holds one. They are below a cgroup of the state dir's own
+    (with systemd's driver slices, whose names say what they are in), and go with the daemon but for those that still hold a
+    container."""
+
+    def __init__(self, engine: Engine, state_id: str) -> None:
+        self._engine, self._names = engine, ("lightrun", state_id[:12])
+        self._lock = threading.Lock()  # guards _held
+        self._held: set[int] = set()
+        self._mounts = cgroup_mounts()
+        self._driver = self._usable_driver()  # that was asked for last
+        self.seen = True  # the cgroup of the last run was where it should be
+
+    def _usable_driver(self) -> str:
+        """The engine's, if its cgroups are likely to be those that we see; "" if not, or as long as it is away."""
+        try:
+            about = self._engine.about()
+        except EngineError:
+            return ""
+        here = self._engine.local and about.get("MemTotal") == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        rootless = "name=rootless" in (about.get("SecurityOptions") or [])
+        version = {"cpuacct", "memory"} if str(about.get("CgroupVersion", "1")) == "1" else {""}
+        driver = about.get("CgroupDriver")
+        return driver if here and not rootless and version <= set(self._mounts) and driver in {"cgroupfs", "systemd"} else ""
+
+    def able(self) -> bool:
+        """Whether usage can be had, as far as is known."""
+        return self.seen and bool(self._usable_driver())
+
+    def take(self, meter: str | None = None) -> Slot | None:
+        """A free slot, or the one that an adopted run has; None where there can be none."""
+        before: dict[str, Any] = json.loads(meter) if meter else {"driver": self._usable_driver()}
+        if not (driver := str(before["driver"])):
+            return None
+        with self._lock:
+            self._driver = driver
+            number: int = before.get("slot", next(n for n in itertools.count() if n not in self._held))
+            self._held.add(number)
+        path = self._path(driver, number)
+        parent = path.name if driver == "systemd" else f"/{path}"
+        cpu, memory = (self._mounts.get(name, self._mounts.get("", Path())) for name in ("cpuacct", "memory"))
+        return Slot(parent, cpu / path, memory / path, {**before, "slot": number})
+
+    def _path(self, driver: str, *number: int) -> Path:
+        """A slot's cgroup below a hierarchy's root, or without a number the folder of all."""
+        names = [*self._names, *map(str, number)]
+        if driver == "cgroupfs":
+            return Path(*names)
+        return Path(*("-".join(names[:depth]) + ".slice" for depth in range(1, len(names) + 1)))
+
+    def give_back(self, slot: Slot) -> None:
+        """Give a slot back that no container is in any more."""
+        slot.end()
+        with self._lock:
+            self._held.discard(slot.before["slot"])
+
+    def sweep(self) -> None:
+        """Remove those that nobody holds and no container is in."""
+        for root in set(self._mounts.values()) if self._driver else ():
+            own = root / self._path(self._driver)
+            with self._lock, contextlib.suppress(OSError):
+                for folder in list(own.iterdir()):
+                    number = folder.name.removesuffix(".slice").rpartition("-")[2]
+                    if number.isdecimal() and int(number) not in self._held:
+                        self._remove(folder)
+                self._remove(own)
+                own.parent.rmdir()  # when no other state dir has one
+
+    def _remove(self, folder: Path) -> None:
+        """Remove a cgroup without others in it; systemd is told, or would believe that it is there."""
+        if any(entry.is_dir() for entry in folder.iterdir()):
+            return
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            if self._driver == "systemd":
+                told = ["systemctl", "stop", folder.name]
+                subprocess.run(told, stdin=subprocess.DEVNULL, capture_output=True, timeout=HEALTH_SECONDS)
+            folder.rmdir()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -2918,11 +3220,21 @@ class Ask:
     reason: str
     signal: str = "SIGKILL"
     grace: float = KILL_SECONDS
-    why: str = "the run was ended before its command started"  # said when that is so
+    why: str = "the run was ended before its command started"  # said when that is so, or for a reason without a sentence
+
+    @property
+    def rank(self) -> int:
+        """A limit that was passed overrides a stop, and a cancel both; nothing overrides a cancel."""
+        return {"stopped": 0, "cpu_limit": 1, "output_limit": 1}.get(self.reason, 2)
+
+    @property
+    def drops(self) -> bool:
+        """Whether nobody wants what the run leaves."""
+        return self.rank == 2
 
     def prevails(self, other: Ask | None) -> bool:
-        """Whether this counts when the other was asked before. A cancel overrides a stop; nothing overrides a cancel."""
-        return other is None or other.reason == "stopped"
+        """Whether this counts when the other was asked before."""
+        return other is None or self.rank > other.rank
 
     @classmethod
     def parse(cls, text: str | None) -> Ask | None:
@@ -2999,7 +3311,11 @@ class Job:
     """A run in progress: its record, its request, its log, what is heard of its container, and what is asked of it."""
 
     def __init__(self, run: Run, request: RunRequest, settings: Settings) -> None:
-        self.run, self.request, self.log = run, request, Log(settings.log_limit, settings.state_dir)
+        self.run, self.request = run, request
+        run.split_logs = request.split_logs
+        self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
+        self.slot: Slot | None = None  # what counts its usage
+        self.meter_at = math.inf if request.cpu_time is None else 0.0  # when (monotonic) that is next compared with its limit
         self.done = threading.Event()
         self.container = container_name(run.id)
         self.clients = 0  # that wait for the end; guarded by the runner's lock
@@ -3038,9 +3354,10 @@ class Job:
     def ask(self, ask: Ask) -> None:
         """Ask for an end, from any thread and without waiting. Whoever must go now has no time for a slow engine."""
         with self._lock:
-            if ask.prevails(self.asked):
-                self.asked = ask
-        self.patience.ring(hurry=ask.reason != "stopped" or not self.begun)
+            if not ask.prevails(self.asked):
+                return
+            self.asked = ask
+        self.patience.ring(hurry=ask.drops or not self.begun)
 
     def check(self) -> None:
         """Raises RunEnds when the run should not go on to its start."""
@@ -3050,7 +3367,7 @@ class Job:
     @property
     def dropped(self) -> bool:
         """Whether nobody wants what the run leaves."""
-        return self.asked is not None and self.asked.reason != "stopped"
+        return self.asked is not None and self.asked.drops
 
     def hear(self, hearing: Hearing, output: Reply | None = None) -> None:
         """Go on to another state of the output, with another stream or none. Of the engine's copy the log skips what it has."""
@@ -3073,7 +3390,7 @@ class Job:
         """The state as it is now."""
         kept = self.log.frames()
         head = dataclasses.replace(self.run, logs_truncated=self.run.logs_truncated or self.log.truncated).head()
-        return whole_state(head, self.run.tail(), log_lines(kept))
+        return whole_state(head, self.run.tail(), kept)
 
     def close(self) -> None:
         """Let go of what a finished run does not need."""
@@ -3262,6 +3579,7 @@ class Runner:
         self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
         self._places = Places(settings.max_concurrent, settings.queue, self._execute)
         self._pulls = Pulls(engine, settings.pull_timeout)
+        self.slots = Slots(engine, store.id)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -3314,11 +3632,12 @@ class Runner:
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
         in their order."""
-        for head, waited, begun, fed, asked in self._store.unfinished():
+        for head, waited, begun, fed, asked, meter in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
             packed = self._store.request(run.id)  # a waiting client's is not stored
             job = Job(run, RunRequest.unpack(packed, run.image), self._settings)
             job.take_up(bool(begun), bool(fed))
+            job.slot = self.slots.take(meter) if meter else None
             if ask := Ask.parse(asked) or self._refusal(job, packed):
                 job.ask(ask)
             with self._lock:
@@ -3327,6 +3646,7 @@ class Runner:
             self._places.enqueue(job)
             if job.begun or job.asked:
                 self._places.at_once(job)
+        self.slots.sweep()
         self._keeper.start(self.job, self._places.hire)
 
     def _refusal(self, job: Job, packed: bytes | None) -> Ask | None:
@@ -3410,6 +3730,9 @@ class Runner:
         except EngineError as error:
             log.warning("run %s: %s", job.run.id, error)
             self._keeper.tidy_up()
+        else:
+            if job.slot:  # else the container may still be in it
+                self.slots.give_back(job.slot)
         job.patience.close()
         with contextlib.suppress(Unavailable):  # the next run tries again
             self._evictor.evict(job.run.id)
@@ -3464,13 +3787,15 @@ class Runner:
             except EngineMissing:
                 if job.relaunched:
                     raise
-                engine.forget_network()  # pruned since it was last used, most likely
+                engine.forget()  # pruned since it was last used, most likely
                 job.begun, job.relaunched = False, True
                 self._bring_up(job, engine)
         except EngineAbsent:
             raise
         except EngineError as error:
-            raise RunEnds("start_failed", str(error)) from error
+            low = "memory" in str(error) and job.request.memory < SAFE_MEMORY_BYTES
+            hint = "; some engines need 16 MiB of memory to start a container" if low else ""
+            raise RunEnds("start_failed", f"{error}{hint}") from error
 
     def _bring_up(self, job: Job, engine: Engine) -> None:
         request = job.request
@@ -3483,16 +3808,21 @@ class Runner:
         if job.hearing is Hearing.NOTHING:
             image = self._image(job, engine)
             job.run.image_id, job.touched = image.id, True
-            job.container = engine.create(job.run.id, image, request)
+            job.slot = job.slot or self.slots.take()
+            job.container = engine.create(job.run.id, image, request, job.slot.parent if job.slot else "")
             if request.files or not image.root:
                 engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
             job.hear(Hearing.LIVE, engine.attach(job.container))
             job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
-        self._insist(job, lambda: self._store.begin(job.run.id), job.check)
+        if not job.begun:
+            meter = job.slot.begin() if job.slot else None
+            self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
         job.begun, sent = True, job.now()
         engine.start(job.container)
         job.starting = sent, job.now()
+        if job.slot:
+            job.slot.started()
         job.killing.by(time.monotonic() + request.timeout)
         self._feed(job)
 
@@ -3503,6 +3833,8 @@ class Runner:
                 if job.hearing is Hearing.NOTHING:
                     job.hear(Hearing.COPY)
                 job.begun = True  # a power loss can take the record back
+                if job.slot:
+                    job.slot.started()
                 self._feed(job)
                 return True
             if not job.begun:
@@ -3578,6 +3910,7 @@ class Runner:
         look_at = time.monotonic() + (pause if job.starting and job.run.started is None else 0)
         while True:
             job.patience.heard()
+            self._enforce(job)
             if job.killing.due(job.asked):
                 self._kill(job, engine)
                 pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
@@ -3593,17 +3926,31 @@ class Runner:
                 if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited
                     self._lose(job)
             waits = job.output is None
-            self._listen(job, engine, min(look_at, job.killing.at) - time.monotonic())
+            self._listen(job, engine, min(look_at, job.killing.at, job.meter_at) - time.monotonic())
             if waits:
                 look_at = time.monotonic()
             elif job.starved is not None:
                 look_at = min(look_at, time.monotonic() + FIRST_LOOK_SECONDS)
 
+    def _enforce(self, job: Job) -> None:
+        """Have a run killed that has passed its CPU time or the bound of its output."""
+        if job.log.full:
+            job.ask(Ask("output_limit"))
+        if job.request.cpu_time is not None and time.monotonic() >= job.meter_at:
+            used = job.slot.cpu_time() if job.slot else None
+            left = math.inf if used is None else job.request.cpu_time - used / 1e9
+            if used is None:
+                self.slots.seen = False
+                job.ask(Ask("engine_error", why="its cpuTime cannot be kept to: its cgroup cannot be seen"))
+            elif left <= 0:
+                job.ask(Ask("cpu_limit"))
+            job.meter_at = time.monotonic() + max(METER_SECONDS, left / job.request.cpus) if left > 0 else math.inf
+
     @staticmethod
     def _starve(job: Job) -> None:
         """End a run that goes on although the connection that carried its stdin broke: it may take that for the end of file."""
         if job.starved is not None and job.now() > job.starved + 1:
-            job.ask(Ask("engine_error"))
+            job.ask(Ask("engine_error", why=STDIN_BROKE))
 
     def _look(self, job: Job, engine: Engine) -> ContainerState:
         """The container's state. What the engine refuses ends no run that has begun: it counts as an absence."""
@@ -3699,23 +4046,29 @@ class Runner:
 
     def _conclude(self, job: Job, engine: Engine, state: ContainerState) -> dict[str, Any]:
         """What became of a container that has exited, and what it leaves."""
+        usage = job.slot.usage() if job.slot else {}
+        self.slots.seen = self.slots.seen if job.slot is None else "cpuMs" in usage
         self._complete_log(job, engine)
+        if job.slot and not state.oom_killed and job.slot.oom_killed(job.request.memory):
+            state = dataclasses.replace(state, oom_killed=True)
         if state.exit_code == 137 and not (state.oom_killed or job.taken):  # an engine may be late to say what killed it
             time.sleep(2 * FIRST_LOOK_SECONDS)
             state = self._persist(job, lambda: self._look(job, engine))
         if state.started is not None and state.finished is not None:  # as the engine tells both
             job.ran = round(max(0.0, state.finished - state.started) * 1000)
         reason = self._reason(job, engine, state)
-        ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed}
+        ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed, "usage": usage}
         ending["error"] = {
             "timeout": f"killed after its timeout of {job.request.timeout * 1000:.0f} ms",
+            "cpu_limit": f"killed after its {(job.request.cpu_time or 0) * 1000:.0f} ms of CPU time",
+            "output_limit": f"killed after its {job.request.output_limit} bytes of output",
             "oom": "killed for using more memory than its limit",
             "stopped": "stopped on request",
             "cancelled": "cancelled",
             "interrupted": "killed because lightrun went away under it",
-            "engine_error": "the connection that carried its stdin broke; it may have taken that for the end of its input",
+            "engine_error": job.asked.why if job.asked and job.taken else STDIN_BROKE,
         }.get(reason)
-        kept_anyway = job.request.extract_on_exit and reason in {"exited", "stopped", "timeout", "oom"}
+        kept_anyway = job.request.extract_on_exit and reason in EXTRACTED
         if job.request.extract and (kept_anyway or (state.exit_code == 0 and reason in {"exited", "stopped"})):
             job.enter("extracting")
             ending |= self._extract(job, engine)
@@ -3738,7 +4091,7 @@ class Runner:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
 
         whole = True
-        if job.hearing is not Hearing.ENDED or job.log.missed:
+        if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed):
             try:
                 copy_output = functools.partial(engine.kept_output, job.container, follow=False)
                 self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=1 if job.dropped else MAX_TRIES)
@@ -3806,7 +4159,7 @@ class Runner:
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
         )
-        state = whole_state({**run.head(), "callback": None}, run.tail(), log_lines(frames)) if run.callback else None
+        state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else None
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
         self._insist(job, lambda: self._store.finish(run, frames, packed))
         if not run.artifacts:
@@ -3817,7 +4170,7 @@ class Runner:
         job.done.set()
         job.log.nudge(ended=True)
         job.close_streams()
-        log.info("run %s %s (%s)", run.id, run.status, run.reason)
+        log.info("run %s %s (%s)%s", run.id, run.status, run.reason, "".join(f" {name}={n}" for name, n in run.usage.items()))
         if run.callback:
             self._callbacks.owe(run.id)
 
@@ -3876,6 +4229,7 @@ class Keeper:
             self._engine.version()
         except EngineError:
             self.engine_up = False
+            self._engine.forget()
             self.tidy_up()
             return False
         return True
@@ -4143,17 +4497,19 @@ def _list(items: dict[str, Any]) -> dict[str, Any]:
 
 REFERENCE = "#/components/schemas/"
 _TEXT, _COUNT, _MOMENT = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
+_TRUE = {"const": True}
 _NUMBERS = {"type": "object", "additionalProperties": _COUNT}
 _HEAD_REQUIRED = "id status image createdAt logsTruncated"
 _HEAD = {
     "id": _TEXT, "status": {"enum": STATUSES}, "phase": {"enum": list(PHASES)}, "reason": {"enum": REASONS}, "image": _TEXT,
     "imageId": _TEXT, "createdAt": _MOMENT, "startedAt": _MOMENT, "finishedAt": _MOMENT, "exitCode": {"type": "integer"},
-    "oomKilled": {"const": True}, "error": _TEXT, "durationMs": _COUNT, "timings": _NUMBERS, "logsTruncated": {"type": "boolean"},
+    "oomKilled": _TRUE, "error": _TEXT, "durationMs": _COUNT, "timings": _NUMBERS,
+    "usage": {"type": "object", "properties": {"cpuMs": _COUNT, "memoryPeakBytes": _COUNT}}, "logsTruncated": {"type": "boolean"},
     "callback": _object("status attempts", status={"enum": ["pending", "delivered", "failed"]}, attempts=_COUNT, lastError=_TEXT),
 }  # fmt: skip
 ANSWERS = {
     "Run": _object(
-        f"{_HEAD_REQUIRED} logs", **_HEAD, logs=_list(_TEXT), artifacts={"$ref": REFERENCE + "Artifacts"},
+        _HEAD_REQUIRED, **_HEAD, logs=_list(_TEXT), stdout=_TEXT, stderr=_TEXT, artifacts={"$ref": REFERENCE + "Artifacts"},
         extracted=_list(_object("from status", **{"from": _TEXT}, status={"enum": ["ok", "missing", "error"]}, bytes=_COUNT,
                                 skipped=_COUNT, message=_TEXT)),
     ),
@@ -4162,7 +4518,7 @@ ANSWERS = {
     "Artifacts": _list({"$ref": REFERENCE + "Artifact"}),
     "Accepted": _object("id status url", id=_TEXT, status={"enum": STATUSES}, url=_TEXT),
     "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
-    "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS),
+    "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS, usage=_TRUE),
     "Error": _object(
         "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
     ),
@@ -4192,10 +4548,10 @@ def _operation(route: Route) -> dict[str, Any]:
     return {**about, **body, **open_to_all}
 
 
-def openapi(settings: Settings) -> dict[str, Any]:
+def openapi(settings: Settings, metered: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of all routes, from the table that serves them and the one that validates requests."""
     example = {"image": "alpine:3.19", "entrypoint": "echo hello"}
-    schemas = {"RunRequest": {**request_schema(settings), "examples": [example]}, "Stop": STOP_SCHEMA, **ANSWERS}
+    schemas = {"RunRequest": {**request_schema(settings, metered), "examples": [example]}, "Stop": STOP_SCHEMA, **ANSWERS}
     schemes = {"token": {"type": "http", "scheme": "bearer"}} if settings.token or settings.token_file else {}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -4331,11 +4687,12 @@ class Api:
         engine = self._engine_about
         status = "stopping" if self._runner.stopping else "ok" if engine else "unavailable"
         about = {"status": status, "docker": bool(engine), "version": __version__, "runs": {"running": running, "queued": queued}}
-        return json_answer({**about, **({"engine": engine} if engine else {})}, 200 if status == "ok" else 503)
+        about |= {"engine": engine, **({"usage": True} if self._runner.slots.able() else {})} if engine else {}
+        return json_answer(about, 200 if status == "ok" else 503)
 
     def openapi(self, call: Call) -> Answer:
         """GET /openapi.json"""
-        return json_answer(openapi(self._settings))
+        return json_answer(openapi(self._settings, self._runner.slots.able()))
 
     def run(self, call: Call) -> Answer:
         """POST /run"""
@@ -4356,7 +4713,7 @@ class Api:
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
         """The accepted run, and whether it is detached; the body, which may be large, is not held longer."""
         raw = call.json_body()
-        request = RunRequest.parse(raw, self._settings)
+        request = RunRequest.parse(raw, self._settings, metered=self._runner.slots.able())
         key = call.header("Idempotency-Key", None)
         if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
@@ -4441,7 +4798,7 @@ class Api:
         if job := job or self._runner.job(run_id):
             return job.state()
         head = json.loads(self._store.head(run_id))
-        return whole_state(head, self._store.tail(run_id), log_lines(self._store.frames(run_id)))
+        return whole_state(head, self._store.tail(run_id), self._store.frames(run_id))
 
     def _kept(self, run_id: str) -> bytes:
         """The frames kept of a run's log."""
@@ -4900,6 +5257,7 @@ class Daemon:
         self._api.ending.set()
         self._remove_socket()
         self._server.end(time.monotonic() + LAST_ANSWERS_SECONDS)
+        self._runner.slots.sweep()
         self._store.close()
 
     def _remove_socket(self) -> None:

@@ -301,17 +301,24 @@ class Bench:
         """What lightrun makes of a body."""
         return lightrun.RunRequest.parse(json.dumps(body).encode(), self.settings)
 
-    def bare_run(self, request: lightrun.RunRequest) -> tuple[float, float]:
-        """The ms of the engine calls of a run, in a straight line: all of them, and without the removal at the end."""
+    def bare_run(self, request: lightrun.RunRequest, slot: lightrun.Slot | None = None) -> tuple[float, float]:
+        """The ms of the engine calls of a run, in a straight line: all of them, and without the removal at the end. With
+        what counts its usage, if there is a slot."""
         began = time.perf_counter()
-        container = self.engine.create(str(uuid.uuid4()), self.image, request)
+        container = self.engine.create(str(uuid.uuid4()), self.image, request, slot.parent if slot else "")
         if request.files:
             self.api.put_archive(container, "/", lightrun.files_tar(request.workdir, request.files, False, time.time()))
         output = self.api.attach(container, stream=True)
+        if slot:
+            slot.begin()
         self.api.start(container)
+        if slot:
+            slot.started()
         for _ in output:
             pass
         code = self.api.wait(container)["StatusCode"]
+        if slot and set(slot.usage()) != {"cpuMs", "memoryPeakBytes"}:
+            raise BenchmarkError("the usage of a bare run cannot be had")
         for path in request.extract:
             pieces, _ = self.api.get_archive(container, f"{request.workdir}/{path}")
             with tarfile.open(fileobj=io.BytesIO(b"".join(pieces))) as archive:
@@ -349,6 +356,8 @@ def measure_runs(bench: Bench) -> list[Row]:
         kept[name].append(without_removal)
         return whole
 
+    slots = lightrun.Slots(bench.engine, bench.engine_label)
+    slot = slots.take()
     with bench.tcp.client() as tcp, bench.unix.client() as unix:
         calls: dict[str, Callable[[], float]] = {}
         for name, body in requests.items():
@@ -356,6 +365,7 @@ def measure_runs(bench: Bench) -> list[Row]:
             calls[f"{name} bare"] = functools.partial(bare, name)
             calls[f"{name} unix"] = functools.partial(bench.run, bench.unix, unix, body)
         calls["docker run"] = bench.docker_run
+        calls["metered"] = lambda: bench.bare_run(parsed["plain"], slot)[0]
         in_turn(1, calls)
         for warm in kept.values():
             warm.clear()
@@ -368,6 +378,10 @@ def measure_runs(bench: Bench) -> list[Row]:
     for transport in ("tcp", "unix"):
         row = compare(f"plain run, {transport}", took[f"plain {transport}"], "docker run --rm", took["docker run"])
         rows.append(dataclasses.replace(row, bar="≤ 1.0"))
+    if slot:
+        slots.give_back(slot)
+        slots.sweep()
+        rows.append(compare("plain bare calls with usage", took["metered"], "without", took["plain bare"], bar="≤ 1.02"))
     return rows
 
 
@@ -455,7 +469,7 @@ def measure_own_cost(bench: Bench) -> list[Row]:
 
 def measure_memory(bench: Bench) -> list[Row]:
     """What an idle daemon holds, and one with many running containers."""
-    count = bench.pick(16, 100)
+    count = bench.pick(8, 100)
     daemon = bench.daemon("--max-concurrent", str(count), "--queue", "100")
     idle = daemon.holds()
     with daemon.client() as client:
@@ -542,7 +556,7 @@ def fill(state_dir: Path, count: int) -> list[str]:
 
 def measure_stored(bench: Bench) -> list[Row]:
     """State, list and health with many stored runs against few."""
-    few, many = 100, bench.pick(5_000, 100_000)
+    few, many = 100, bench.pick(2_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
 
     def ask(client: Client, paths: Sequence[str]) -> float:
@@ -561,7 +575,7 @@ def measure_stored(bench: Bench) -> list[Row]:
             calls[f"list {count}"] = functools.partial(ask, client, ["/runs"])
             calls[f"filtered list {count}"] = functools.partial(ask, client, ["/runs?status=failed"])
             calls[f"health {count}"] = functools.partial(ask, client, ["/health"])
-        took = in_turn(bench.pick(40, 300), calls)
+        took = in_turn(bench.pick(10, 300), calls)
     return [
         compare(f"{what}, {many:,} stored", took[f"{what} {many}"], f"{few} stored", took[f"{what} {few}"], bar="≤ 1.2")
         for what in ("state", "list", "filtered list", "health")
@@ -570,7 +584,7 @@ def measure_stored(bench: Bench) -> list[Row]:
 
 def measure_eviction(bench: Bench) -> list[Row]:
     """The eviction of one run, and the look that finds nothing to do, with many stored files against few."""
-    few, many = 10, bench.pick(3_000, 100_000)
+    few, many = 10, bench.pick(1_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
     with contextlib.ExitStack() as opened:
         for count in (few, many):
@@ -660,7 +674,7 @@ def serve_plainly(file: str, listener: str) -> None:
 
 def measure_artifacts(bench: Bench) -> list[Row]:
     """Extraction against `docker cp`; the download of an artifact against a plain file server on the same kind of socket."""
-    size = bench.pick(32, 400) * MIB
+    size = bench.pick(16, 400) * MIB
     command = ["dd", "if=/dev/zero", "of=/app/big", "bs=1M", f"count={size // MIB}"]
     rounds = bench.pick(2, 5)
     rows = []

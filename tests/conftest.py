@@ -143,7 +143,8 @@ def _child_processes() -> list[str]:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in several workers, unless the command line picks tests or says how many."""
     option = config.option
-    picked = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or option.keyword or option.markexpr or option.lf
+    lists = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not getattr(option, "lf", False)
+    picked = not lists or option.keyword or option.markexpr
     if option.numprocesses is None and not (picked or option.usepdb or option.collectonly or hasattr(config, "workerinput")):
         option.numprocesses = WORKERS
 
@@ -697,7 +698,10 @@ class Receiver:
         self._thread.join()
 
     def _handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        length = int(handler.headers.get("Content-Length") or 0)
+        body = handler.rfile.read(length)
+        if len(body) < length:  # Whoever sent it was killed.
+            return
         answer = self.answers.popleft() if self.answers else self.default
         self.requests.append(Received(handler.command, handler.path, handler.headers, body, time.monotonic()))
         self._closing.wait(answer.delay)

@@ -27,6 +27,7 @@ PACKAGES = {
     "docker-registry": "docker-registry",
     "faketime": "faketime",
     "iproute2": "ip",
+    "jq": "jq",
     "runsc": "runsc",
     "util-linux": "unshare",
 }

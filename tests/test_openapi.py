@@ -29,7 +29,7 @@ JSON = {"Content-Type": "application/json"}
 TAR, NDJSON = {"Accept": "application/x-tar"}, {"Accept": "application/x-ndjson"}
 NOBODY = "00000000-0000-4000-8000-000000000000"
 HELLO = {"image": IMAGE, "entrypoint": "echo hello", "network": "none"}
-EXAMPLES = int(os.environ.get("LIGHTRUN_FUZZ_EXAMPLES", "15"))
+EXAMPLES = int(os.environ.get("LIGHTRUN_FUZZ_EXAMPLES", "6"))
 MIB = 1024 * 1024
 
 

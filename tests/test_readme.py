@@ -69,7 +69,7 @@ def test_the_commands_work(daemon: DaemonFactory, tmp_path: Path) -> None:
     assert [_essence(event) for event in events] == [_essence(event) for event in told_events]
 
     assert [state["status"] for state in _objects(watch[0])] == ["running", "running"]
-    assert "tick 1" in watch[1:]
+    assert re.search(r"(?m)(^|\})tick 1$", "\n".join(watch))
 
     state, told = json.loads("".join(stop)), json.loads(_block("json", '"bye"'))
     assert [state[name] for name in ("status", "reason", "exitCode")] == [told[name] for name in ("status", "reason", "exitCode")]
@@ -89,6 +89,36 @@ def test_the_socket_command_works(daemon: DaemonFactory, tmp_path: Path) -> None
     answer = json.loads(_shell(block.replace("/tmp/lightrun.sock", str(started.socket)), tmp_path))
     told = json.loads(_block("json", '"logs": ["0"]'))
     assert {**told, "id": answer["id"]}.items() <= answer.items()
+
+
+PROGRAMS = {  # and what the grader sees: reason, exit code, whether the output is right
+    "read a b; echo $((a + b))": ("exited", "0", "true"),
+    "read a b; echo $((a - b))": ("exited", "0", "false"),
+    "read a b; echo $((a / 0))": ("exited", "2", "false"),
+    "dd if=/dev/zero of=big bs=1M count=11": ("exited", "153", "false"),
+    "while :; do :; done": ("cpu_limit", "137", "false"),
+    "read a b; read c; sleep 60": ("timeout", "137", "false"),
+    "tail /dev/zero": ("oom", "137", "false"),
+    "yes": ("output_limit", "137", "false"),
+}
+
+
+def test_a_class_is_graded(daemon: DaemonFactory, tmp_path: Path) -> None:
+    started = daemon()
+    (tmp_path / "question").write_text("3 4\n")
+    (tmp_path / "answer").write_text("7\n")
+    (tmp_path / "class").mkdir()
+    wanted = {}
+    for number, program in enumerate([*PROGRAMS] + [next(iter(PROGRAMS))] * (30 - len(PROGRAMS))):
+        (tmp_path / f"class/{number}.sh").write_text(program)
+        wanted[f"class/{number}.sh.json"] = PROGRAMS[program]
+    (block,) = _blocks("run graders")
+    lines = _shell(block.replace("localhost:3000", f"localhost:{started.port}"), tmp_path).splitlines()
+    seen = {name: tuple(verdict) for name, *verdict, _ in (line.split("\t") for line in lines)}
+    assert seen == wanted
+    assert all(int(line.split("\t")[-1]) <= 1200 for line in lines)
+    reasons = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`.*?) \|", README[README.index("| result | verdict |") :])))
+    assert set(lightrun.REASONS) - {"stopped", "cancelled"} <= set(reasons)
 
 
 @pytest.mark.parametrize("body", [b"", b'{"id": "1"}', "ü\n".encode()])

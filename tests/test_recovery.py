@@ -122,7 +122,7 @@ def test_running_container_is_adopted(daemon: DaemonFactory) -> None:
 
 def test_adopted_runs_keep_their_deadline(daemon: DaemonFactory) -> None:
     lightrun = daemon()
-    soon, past = lightrun.detach(entrypoint="sleep 30", timeout=4000), lightrun.detach(entrypoint="sleep 30", timeout=1500)
+    soon, past = (lightrun.detach(entrypoint="echo begun; sleep 30", timeout=timeout) for timeout in (4000, 1500))
     for run in (soon, past):
         started(lightrun, run)
     lightrun.kill()
@@ -503,4 +503,4 @@ def test_kill_during_eviction(daemon: DaemonFactory, when: str) -> None:
 def test_soak(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     """The short form of tests/soak.py: see there."""
     killed = daemon(*soak.OPTIONS, env=soak.ENVIRONMENT, start=False)
-    soak.Soak(killed, engine, kills=30, seed=time.time_ns()).run()
+    soak.Soak(killed, engine, kills=15, seed=time.time_ns()).run()

@@ -148,7 +148,8 @@ TYPES = {
     "image": "string", "files": "object", "setup": "array", "entrypoint": "string array", "stdin": "string", "env": "object",
     "workdir": "string", "network": "string", "timeout": "integer", "memory": "integer string", "cpus": "integer fraction",
     "pids": "integer", "extract": "array", "extractOn": "string", "detached": "boolean", "callbackUrl": "string",
-    "callbackSecret": "string",
+    "callbackSecret": "string", "fileSize": "integer string", "cpuTime": "integer", "outputLimit": "integer",
+    "splitLogs": "boolean",
 }  # fmt: skip
 WRONG_TYPES = [(name, VALUES[kind]) for name, kinds in TYPES.items() for kind in VALUES if kind not in kinds.split()]
 BAD: list[tuple[str, Any]] = [
@@ -170,6 +171,9 @@ BAD: list[tuple[str, Any]] = [
     *[("memory", value) for value in (0, -1, (512 << 20) + 1, "513m", "1g", "", "m", "-1m", "1.5m", "1 m", "1x", "6m\n")],
     *[("cpus", value) for value in (0, -1, 1.001, 10**300)],
     *[("pids", value) for value in (0, 1, -1, 101, 10**300)],
+    *[("fileSize", value) for value in (-1, (1 << 60) + 1, 10**300, "", "-1m", "1.5m", "9" * 16, "1m\n")],
+    *[("cpuTime", value) for value in (0, -1, 3_600_001, 10**300)],
+    *[("outputLimit", value) for value in (-1, 10**300)],
     *[("extract", paths) for paths in ([], ["x"] * 21)],
     *[("extractOn", value) for value in ("", "always", "success\n")],
 ]  # fmt: skip
@@ -490,7 +494,8 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("body_limit", "2m", 2 << 20), ("state_dir", "/x", Path("/x")), ("artifacts_dir", "/y", Path("/y")),
     ("max_artifacts_bytes", "0", 0), ("keep", "1", 1), ("extract_limit", "1GiB", 1 << 30), ("log_limit", "64k", 64 << 10),
     ("max_concurrent", "1", 1), ("queue", "0", 0), ("max_waiting", "2", 2), ("memory", "64m", 64 << 20), ("cpus", "0.5", 0.5),
-    ("pids", "50", 50), ("runtime", "runsc", "runsc"), ("pull", "never", "never"), ("pull_timeout", "1m", 60.0),
+    ("pids", "50", 50), ("file_size", "0", 0), ("file_size", "1m", 1 << 20),
+    ("runtime", "runsc", "runsc"), ("pull", "never", "never"), ("pull_timeout", "1m", 60.0),
     ("pull_timeout", "1.5s", 1.5), ("drain", "0s", 0.0), ("drain", "24h", 86400.0),
     ("allow_image", "a*", ("a*",)), ("allow_network", "n", ("n",)),
     ("callback_allow", "h", ("h",)),
@@ -501,7 +506,7 @@ BAD_OPTIONS: list[tuple[str, str]] = [
     *[("port", value) for value in ("", "x", "-1", "65536", "1.5", "٣", " 1", "1e3")],
     *[("socket_mode", value) for value in ("", "x", "0900", "77777")],
     *[(name, value) for name in ("body_limit", "memory", "log_limit") for value in ("", "x", "-1", "1.5m", "0", "m", "9" * 30)],
-    *[(name, value) for name in ("max_artifacts_bytes", "extract_limit") for value in ("", "-1", "x")],
+    *[(name, value) for name in ("max_artifacts_bytes", "extract_limit", "file_size") for value in ("", "-1", "x")],
     *[("drain", value) for value in ("", "10", "-1s", "25h", "999999999h")],
     *[("pull_timeout", value) for value in ("", "10", "0s", "999999999h", "-1s", "x", "1d", "nan", "inf")],
     *[(name, value) for name in ("keep", "max_concurrent", "max_waiting", "pids") for value in ("", "0", "-1", "x", "1.5")],

@@ -119,14 +119,14 @@ def test_an_unfinished_run_can_be_taken_up_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     finished(store, "over")
     store.add(run_named("one"), request=b"body")
-    store.begin("one")
+    store.begin("one", "a meter")
     store.ask("one", lambda before: f"asked after {before}")
     store.add(run_named("two", waited=True))
     store.fed("two")
     store.close()
     again = Store(tmp_path)
     rows = [(json.loads(head)["id"], *marks) for head, *marks in again.unfinished()]
-    assert rows == [("one", 0, 1, 0, "asked after None"), ("two", 1, 0, 1, None)]
+    assert rows == [("one", 0, 1, 0, "asked after None", "a meter"), ("two", 1, 0, 1, None, None)]
     assert (again.request("one"), again.request("two")) == (b"body", None)
     again.finish(run_named("one", reason="lost"), b"")
     assert again.request("one") is None
@@ -336,7 +336,7 @@ def test_a_cancel_is_not_overridden_by_a_stop(store: Store) -> None:
     store.ask("one", Ask("stopped").recorded)
     store.ask("one", Ask("cancelled").recorded)
     store.ask("one", Ask("stopped", "SIGTERM").recorded)
-    ((*_, asked),) = store.unfinished()
+    ((*_, asked, _),) = store.unfinished()
     assert Ask.parse(asked) == Ask("cancelled")
 
 
@@ -382,7 +382,7 @@ def test_the_state_shows_what_is_known() -> None:
         "logsTruncated": False,
     }  # fmt: skip
     ended = dataclasses.replace(run, reason="exited", exit_code=0, started=run.created + 0.1, finished=run.created + 0.5)
-    state = whole_state(ended.head(), ended.tail(), ["a"])
+    state = whole_state(ended.head(), ended.tail(), b"\x01\0\0\0\0\0\0\x02a\n")
     assert state["durationMs"] == 500
     assert (state["startedAt"], state["finishedAt"]) == ("2023-11-14T22:13:20.100Z", "2023-11-14T22:13:20.500Z")
     assert state["timings"].keys() == {"queue", "pull", "start", "run", "extract"}
