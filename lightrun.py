@@ -2435,10 +2435,10 @@ class Engine:
         """Raises StartError for an option that this engine cannot give, and warns of what it does not do as one would think."""
         about = self.about()
         for name, kept in {"memory": "MemoryLimit", "cpus": "CpuCfsQuota", "pids": "PidsLimit"}.items():
-            if about.get(kept) is False:
+            if not about.get(kept, True):
                 why = "; a rootless engine needs cgroup v2 for that" if "name=rootless" in about["SecurityOptions"] else ""
-                raise StartError(f"--{name}: the engine cannot limit that (/info: {kept} is false{why})")
-        if about.get("SwapLimit") is False:
+                raise StartError(f"--{name}: the engine cannot limit that (its {kept} is false{why})")
+        if not about.get("SwapLimit", True):
             log.warning("the engine does not limit swap: runs may use it beyond their memory")
         if self._settings.cpus > about["NCPU"]:
             raise StartError(f"--cpus {self._settings.cpus:g}: the engine has {about['NCPU']}")
@@ -4075,10 +4075,13 @@ class Runner:
         return ending
 
     def _reason(self, job: Job, engine: Engine, state: ContainerState) -> str:
-        if not job.taken and job.killing.unanswered:  # the engine may have taken it all the same
+        name, reason = job.killing.unanswered, job.killing.reason  # the engine may have taken it all the same
+        if not name and job.taken_up:  # or that of an earlier daemon, which did not live to record the end
+            name, reason = (job.asked.signal, job.asked.reason) if job.asked else ("SIGKILL", self._overrun(job))
+        if not job.taken and name and reason:
             with contextlib.suppress(EngineError):
-                if engine.has_sent(job.container, job.killing.unanswered, state.started or 0, state.told + 1):
-                    job.taken = job.killing.reason
+                if engine.has_sent(job.container, name, state.started or 0, state.told + 1):
+                    job.taken = reason
         if job.taken:
             return job.taken
         if job.taken_up and not job.fed:  # it may have taken the loss for the end of its input
@@ -4086,6 +4089,16 @@ class Runner:
         if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift):
             return "engine_error"
         return "oom" if state.oom_killed and state.exit_code else "exited"
+
+    @staticmethod
+    def _overrun(job: Job) -> str:
+        """The limit that a run has passed, as the reason for its end; "" for none."""
+        if job.ran is not None and job.ran >= job.request.timeout * 1000:
+            return "timeout"
+        used = job.slot.cpu_time() if job.slot else None
+        if used is not None and job.request.cpu_time is not None and used >= job.request.cpu_time * 1e9:
+            return "cpu_limit"
+        return "output_limit" if job.log.full else ""
 
     def _complete_log(self, job: Job, engine: Engine) -> None:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
@@ -5197,8 +5210,10 @@ class Daemon:
         self._settings = settings
         self._socket = listen(settings)
         with contextlib.ExitStack() as undo:
+            undo.callback(self._socket.close)
             undo.callback(self._remove_socket)
             self._store = Store(settings.state_dir)
+            undo.callback(self._store.close)
             _claim_artifacts_dir(settings.artifacts_root(), self._store.id)
             self._engine = Engine(settings, self._store.id)
             try:

@@ -12,9 +12,12 @@ from engine import DEFAULT_HOST
 
 
 class Relay:
-    """Passes on what comes through a socket that listens. Frozen, it takes what comes and passes nothing on."""
+    """Passes on what comes through a socket that listens. Frozen, it takes what comes and passes nothing on. Of what the
+    engine says, `said` may be replaced by something else of the same length."""
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(self, listening: socket.socket, said: bytes = b"", instead: bytes = b"") -> None:
+        assert len(said) == len(instead)
+        self._said, self._instead = said, instead
         self._thawed = threading.Event()
         self._thawed.set()
         self._listening, self._open = listening, [listening]
@@ -51,7 +54,7 @@ class Relay:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 self._thawed.wait()
-                sink.sendall(data)
+                sink.sendall(data.replace(self._said, self._instead) if self._said else data)
             sink.shutdown(socket.SHUT_WR)
 
 

@@ -295,6 +295,7 @@ def gvisor(module_daemon: DaemonFactory, runsc: str) -> Daemon:
     if state["reason"] == "start_failed":
         pytest.skip(f"a kernel or cgroups that runsc can work with are missing: {state['error']}")
     assert "gVisor" in "".join(state["logs"])
+    assert 'runtime runsc: files that a run has changed may be kept old, or not at all; add "--overlay2=none"' in lightrun.log()
     return lightrun
 
 

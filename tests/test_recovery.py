@@ -461,6 +461,28 @@ def test_restart_under_load_loses_nothing(daemon: DaemonFactory) -> None:
     assert len(set(accepted.values())) == 40
 
 
+ENDLESS = "echo begun; while :; do :; done"
+ACTIONS = {"cancelled": "cancel", "stopped": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [({"timeout": 1500}, "timeout"), ({"cpuTime": 500}, "cpu_limit"), ({"outputLimit": 3}, "output_limit"),
+     ({}, "cancelled"), ({}, "stopped")],
+)  # fmt: skip
+def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dict[str, Any], reason: str) -> None:
+    """What the engine was told to kill for is known, though not by us."""
+    lightrun = daemon(env={"LIGHTRUN_TRAP": "Engine.kill after 1"}).offline()
+    run = lightrun.detach(entrypoint=ENDLESS, **fields)
+    if not fields:
+        started(lightrun, run)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            lightrun.request("POST", f"/runs/{run}/{ACTIONS[reason]}")
+    dies(lightrun)
+    restart(lightrun)
+    assert lightrun.wait(run)["reason"] == reason
+
+
 # ---------------------------------------------------------------- eviction and deletion
 
 

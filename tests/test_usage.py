@@ -19,7 +19,7 @@ import pytest
 import lightrun
 from conftest import Daemon, DaemonFactory, eventually
 from engine import IMAGE
-from relay import Relay
+from relay import Relay, unix_socket
 
 COLD_MS = 60  # what a cold start adds to cpuMs, at most, on a machine that is busy: README
 COLD_BYTES = 16 << 20  # and to memoryPeakBytes
@@ -238,6 +238,32 @@ def test_a_remote_engine_has_no_figures(daemon: DaemonFactory) -> None:
         schema = remote.request("GET", "/openapi.json").json()["components"]["schemas"]["RunRequest"]["properties"]
         assert schema["cpuTime"]["not"] == {}
         remote.stop()
+
+
+# ---------------------------------------------------------------- Limits that are not there
+
+
+@contextlib.contextmanager
+def engine_without(what: str, folder: Path) -> Iterator[str]:
+    """An engine that says so of itself, as a rootless one does."""
+    said, instead = (f'"{what}":{value}'.encode() for value in ("true", "null"))
+    with contextlib.closing(Relay(unix_socket(str(folder / "engine")), said, instead)) as relay:
+        yield relay.url
+
+
+@pytest.mark.parametrize(("what", "option"), [("MemoryLimit", "memory"), ("CpuCfsQuota", "cpus"), ("PidsLimit", "pids")])
+def test_an_engine_that_does_not_limit(daemon: DaemonFactory, tmp_path: Path, what: str, option: str) -> None:
+    with engine_without(what, tmp_path) as url:
+        lightrun_ = daemon("--docker-host", url, start=False).start(wait=False)
+        assert lightrun_.process.wait(20) == 1
+    assert lightrun_.log().splitlines() == [f"lightrun: --{option}: the engine cannot limit that (its {what} is false)"]
+
+
+def test_an_engine_that_does_not_limit_swap(daemon: DaemonFactory, tmp_path: Path) -> None:
+    with engine_without("SwapLimit", tmp_path) as url:
+        lightrun_ = daemon("--docker-host", url)
+        assert "the engine does not limit swap" in lightrun_.log()
+        lightrun_.stop()
 
 
 # ---------------------------------------------------------------- Slots
