@@ -79,7 +79,7 @@ import types
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn, ParamSpec, TypeVar
 
@@ -102,6 +102,7 @@ MAX_OUTPUT_BYTES = 1 << 50  # the largest outputLimit
 MAX_FILE_BYTES = 1 << 60  # the largest fileSize
 MIN_MEMORY_BYTES = 6 * MIB  # the engine refuses less
 SAFE_MEMORY_BYTES = 16 * MIB  # what every runc needs to start a container
+MAX_WARM = 100  # warm containers, of all pools
 MIN_PIDS = 2  # the init and one program
 MAX_QUERY_BYTES = 4 * KIB  # of a URL's query
 MAX_SOCKET_PATH_BYTES = 107  # of a Unix socket (unix(7), with its NUL)
@@ -130,6 +131,7 @@ RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 MAX_TRIES = 10  # of a step that breaks while the engine answers; the pauses between them are 16 s in all
 SLOW_SECONDS = 8  # a try that took longer counts for three
 FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container is looked at; each pause is twice the last
+REFILL_SECONDS = 0.15  # after a warm container was taken, until another is made: what takes time from a quick run
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
 COPY_SECONDS = 10  # of silence in the engine's copy of what a container that has exited printed
 QUIET_SECONDS = 2  # of silence in the output of a container that has exited
@@ -295,6 +297,17 @@ _cpus = _cast(float, lambda cpus: 0.01 <= cpus <= 10_000, "a number of CPUs such
 _docker_host = _cast(_text, lambda text: any(_split_engine(text)), "unix:///path or tcp://host:port")
 
 
+def parse_warm(text: str) -> tuple[str, int, str | None]:
+    """Image, number and network of a value of --warm. Raises ValueError."""
+    match = re.fullmatch(r"(\S+)=(\d{1,4})(?:/(\S+))?", text, re.ASCII)
+    if not match or not 1 <= int(match[2]) <= MAX_WARM:
+        raise ValueError
+    return match[1], int(match[2]), match[3]
+
+
+_warm = _cast(_text, lambda text: bool(parse_warm(text)), f"IMAGE=N or IMAGE=N/NETWORK, with N from 1 to {MAX_WARM}")
+
+
 def _path(text: str) -> Path:
     try:
         return Path(_text(text)).expanduser().absolute()
@@ -342,6 +355,7 @@ class Settings:
     memory: int = option(_bytes(MIN_MEMORY_BYTES), 512 * MIB, "memory of every run", "512m")
     cpus: float = option(_cpus, 1.0, "CPUs of every run", "1")
     pids: int = option(_integer(MIN_PIDS, 4_194_304), 100, "processes and threads of every run")
+    warm: tuple[str, ...] = option(_warm, (), "IMAGE=N[/NETWORK]: keep N started containers of an image; repeatable", "none")
     file_size: int | None = option(_bytes(0), None, "largest file that a program may write", "no limit")
     runtime: str | None = option(_text, None, "OCI runtime, such as runc, crun or runsc", "the engine's default")
     pull: str = option(_one_of("missing", "always", "never"), "missing", "when to pull: missing, always or never")
@@ -356,6 +370,10 @@ class Settings:
     def artifacts_root(self) -> Path:
         """The folder of all artifacts."""
         return self.artifacts_dir or self.state_dir / "artifacts"
+
+    def __post_init__(self) -> None:
+        if sum(parse_warm(text)[1] for text in self.warm) > MAX_WARM:
+            raise UsageError(f"--warm: must be at most {MAX_WARM} containers in all")
 
     def tokens(self) -> list[str]:
         """The bearer tokens, [] for an open server. Raises UsageError for a file that cannot be read or is empty."""
@@ -919,6 +937,7 @@ class Run:
     extracted: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     callback: dict[str, Any] | None = None
     usage: dict[str, int] = dataclasses.field(default_factory=dict)
+    warm: bool = False  # its container was started before
     split_logs: bool = False  # the state has stdout and stderr apart
 
     @property
@@ -949,6 +968,7 @@ class Run:
             "durationMs": None if self.finished is None else max(0, round((self.finished - self.created) * 1000)),
             "timings": self.timings if final else None,
             "usage": self.usage or None,
+            "warm": self.warm or None,
             "logsTruncated": self.logs_truncated,
             "callback": self.callback,
         }
@@ -1493,6 +1513,7 @@ class Log:
     def __init__(self, limit: int, folder: Path, most: int | None = None) -> None:
         self._limit, self._most = limit, math.inf if most is None else most
         self.full = False
+        self._prefix = self.hidden = 0  # bytes with which stdout begins that are not the program's; how many have yet to come
         self._changed = threading.Condition()  # guards all below
         self._reader = FrameReader()
         self._kept = Kept(limit)
@@ -1523,6 +1544,9 @@ class Log:
                 if stream not in STREAMS:  # 0 is stdin, 3 an error of the engine
                     self._gap()
                     continue
+                if self.hidden and stream == 1:
+                    count = min(self.hidden, len(payload))
+                    self.hidden, payload = self.hidden - count, payload[count:]
                 if self._copying and not (payload := self._unknown(stream, payload)):
                     continue
                 room = self._most - sum(self._taken.values())
@@ -1555,6 +1579,11 @@ class Log:
                 for stream in STREAMS:
                     self._taken[stream] -= self._known[stream]
                     self._known[stream], self._expected[stream] = 0, b""
+
+    def hide(self, count: int) -> None:
+        """So many bytes at the beginning of stdout are not the program's."""
+        with self._changed:
+            self._prefix = self.hidden = count
 
     def lost(self) -> None:
         """The program runs on without the stream that brought its output."""
@@ -1612,12 +1641,13 @@ class Log:
             kept = self.frames()
             self._known, self._repeated = dict(self._taken), dict.fromkeys(STREAMS, b"")
             self._expected = {number: raw_log(kept, name) for number, name in STREAMS.items()}
-            self._reader, self._copying = FrameReader(), True
+            self._reader, self._copying, self.hidden = FrameReader(), True, self._prefix
 
     def replace(self, pieces: Iterable[bytes]) -> None:
         """Take the engine's whole copy for all that was kept, unless it is whole and has less; followers get what they did
         not have."""
         copy = Log(self._limit, self._spool.folder, None if self._most == math.inf else int(self._most))
+        copy.hide(self._prefix)
         copy.resume()
         self.resume()
         for piece in pieces:
@@ -1934,10 +1964,16 @@ BOTH_STREAMS = {"stdout": 1, "stderr": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image on the engine: its id, and whether its program starts as root."""
+    """An image on the engine: its id, whether its program starts as root, its environment and its own command."""
 
     id: str
     root: bool
+    env: tuple[str, ...]
+    command: tuple[str, ...]
+
+    def has(self, name: str) -> bool:
+        """Whether its environment has this variable."""
+        return any(each.startswith(f"{name}=") for each in self.env)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2037,6 +2073,8 @@ class Wire:
     def poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
         poll = select.poll()  # select() fails on descriptors over 1023
+        if self._sock.fileno() < 0:
+            raise ConnectionAbortedError  # another thread has let it go
         poll.register(self._sock, event)
         if wake >= 0:
             poll.register(wake, select.POLLIN)
@@ -2108,8 +2146,11 @@ class Wire:
         """There is nothing to flush."""
 
     def half_close(self) -> None:
-        """Send the end of what is sent, and wait for the other side's: it comes when all was taken."""
+        """Send the end of what is sent."""
         socket.socket.shutdown(self._sock, socket.SHUT_WR)  # a TLS socket's own would forget its state
+
+    def drain(self) -> None:
+        """Wait for the end of what is received."""
         while self.read1(READ_BYTES):
             pass
 
@@ -2457,8 +2498,10 @@ class Engine:
     def image(self, reference: str) -> Image:
         """What is known of an image that is on the engine. Raises EngineMissing."""
         about = self._call("GET", f"/images/{reference}/json").json()
-        user = (about.get("Config") or {}).get("User", "").partition(":")[0]
-        return Image(str(about["Id"]), user in {"", "0", "root"})
+        config = about.get("Config") or {}
+        user = config.get("User", "").partition(":")[0]
+        command = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
+        return Image(str(about["Id"]), user in {"", "0", "root"}, tuple(config.get("Env") or []), tuple(command))
 
     def pull(self, reference: str, seconds: float) -> Generator[dict[str, Any], None, None]:
         """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
@@ -2579,6 +2622,12 @@ class Engine:
         path = f"/containers/{container}/attach"
         return _raw(self._call("POST", path, query={"stream": 1, **BOTH_STREAMS}).streamed())
 
+    @asks_to("attach")
+    def attach_whole(self, container: str) -> Reply:
+        """The same, and the container's stdin as what is sent: its end is the end of file."""
+        query = {"stream": 1, "stdin": 1, **BOTH_STREAMS}
+        return _raw(self._call("POST", f"/containers/{container}/attach", query=query).streamed())
+
     @asks_to("read the log")
     def kept_output(self, container: str, follow: bool) -> Reply:
         """The engine's own copy of the output from its beginning; to follow, until the container has exited."""
@@ -2600,6 +2649,11 @@ class Engine:
     def local(self) -> bool:
         """Whether it is spoken to over a Unix socket."""
         return self._address.path is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is spoken to without TLS, so that two threads may use one connection."""
+        return self._address.tls is None
 
     @asks_to("start the container")
     def start(self, container: str) -> None:
@@ -2752,14 +2806,16 @@ class Slot:
         self._peak: IO[str] | None = None  # through which the peak was reset: version 2 does that for one descriptor only
         self._bell, self._own = -1, memory  # rings for each such kill, and once when the container's own cgroup goes
 
-    def begin(self) -> str:
-        """Count from now on; what a daemon that adopts the run needs to know of that."""
+    def begin(self, again: bool = False) -> str:
+        """Count from now on; what a daemon that adopts the run needs to know of that. `again`: for a container that is there
+        already, whose memory is the run's."""
         self.end()
         counted = {"made": self._made(), "cpu": self._cpu_time(), "oom": self._oom_kills(), "memory": None}
         with contextlib.suppress(OSError):
+            left = self.before.get("memory") if self._made() == self.before.get("made") else 0
             self._peak = self._opened.enter_context(self._most.open("r+", buffering=1))
             self._peak.write("0\n")
-            counted["memory"] = _figure(self._now)
+            counted["memory"] = left if again else _figure(self._now)
         self.before = {name: self.before[name] for name in ("driver", "slot")} | counted
         return to_json(self.before).decode()
 
@@ -2916,6 +2972,460 @@ class Slots:
                 told = ["systemctl", "stop", folder.name]
                 subprocess.run(told, stdin=subprocess.DEVNULL, capture_output=True, timeout=HEALTH_SECONDS)
             folder.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Warm: containers that are started and wait for a run
+# --------------------------------------------------------------------------------------------------------------------
+
+# Most of what a run costs is the engine's start. A warm container is one that is started before, with a shim of ours for its
+# program, in which no code of the image has run. The shim reads frames from its standard input: the length of the frame (8
+# bytes, little-endian), then system calls of 64 bytes each (number, six arguments, the least result that is good, below
+# which it ends with 125), up to a negative number, then what these point to. It does them, and goes on to the next frame.
+# So all that a run needs is written here, in Python: its folders and files, and at last the execve of its program, with the
+# arguments and environment that the engine would have given it. What follows on standard input is the program's. When
+# lightrun goes away, the input ends, and so does the shim.
+
+SHIM = "/.lightrun"  # where it lies in a container, until it is handed out
+SHIM_BASE, SHIM_ROOM = 0x20000000, 4 * MIB  # where it puts a frame, and the room there
+SHIM_PIECE = MIB  # of a file, in one call
+SHIM_GAVE_UP = 125  # its exit code
+AT_FDCWD, EEXIST = -100, 17
+ANY_RESULT = -(1 << 63)
+HANDED_OUT = b"\0"  # the shim prints this before the program, so that it is known that all was done up to there
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The shim for an architecture: its number in ELF, its code (GNU as makes it of the source; a test does), and the numbers
+    of the system calls."""
+
+    elf: int
+    source: str
+    code: str
+    calls: dict[str, int]
+
+
+_CALLS = ("read", "write", "close", "openat", "mkdirat", "unlinkat", "dup3", "chdir", "umask", "execve", "exit_group")
+MACHINES = {
+    "x86_64": Machine(
+        62,
+        """
+        .intel_syntax noprefix
+        mov     r12d, 0x20000000        # where frames are put
+frame:  mov     rsi, rsp                # a length is put over argc, which nobody needs
+        mov     edx, 8                  # it has 8 bytes
+        call    take                    # read it
+        mov     rsi, r12                # a frame is put in its place
+        mov     rdx, [rsp]              # it has as many bytes as the length says
+        call    take                    # read it
+        mov     rbx, r12                # the first of its system calls
+again:  mov     rax, [rbx]              # the number of the call
+        test    rax, rax                # is it negative?
+        js      frame                   # then there are no more in this frame
+        mov     rdi, [rbx+8]            # the first of six arguments
+        mov     rsi, [rbx+16]           # the second
+        mov     rdx, [rbx+24]           # the third
+        mov     r10, [rbx+32]           # the fourth
+        mov     r8, [rbx+40]            # the fifth
+        mov     r9, [rbx+48]            # the sixth
+        syscall                         # do it
+        cmp     rax, [rbx+56]           # is that less than it may return?
+        jl      fail                    # then give up
+        add     rbx, 64                 # the next call
+        jmp     again                   # of this frame
+more:   xor     edi, edi                # from descriptor 0
+        xor     eax, eax                # read, whose number is 0
+        syscall                         # into rsi, as many as rdx
+        test    rax, rax                # how many were they?
+        jle     fail                    # none, or an error: whoever wrote has gone
+        add     rsi, rax                # the rest goes behind them
+        sub     rdx, rax                # and is so much less
+take:   test    rdx, rdx                # from here: read rdx bytes to rsi; are any left?
+        jnz     more                    # then read on
+        ret                             # all are there
+fail:   mov     edi, 125                # with this exit code
+        mov     eax, 231                # exit_group
+        syscall                         # end
+        """,
+        "41bc000000204889e6ba08000000e84e0000004c89e6488b1424e8420000004c89e3488b034885c078dc488b7b08488b7310488b53184c"
+        "8b53204c8b43284c8b4b300f05483b43387c1d4883c340ebd231ff31c00f054885c07e0c4801c64829c24885d275eac3bf7d000000b8e7"
+        "0000000f05",
+        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 292, 80, 95, 59, 231), strict=True)),
+    ),
+    "aarch64": Machine(
+        183,
+        """
+        mov     x20, #0x20000000        // where frames are put
+frame:  mov     x1, sp                  // a length is put over argc, which nobody needs
+        mov     x2, #8                  // it has 8 bytes
+        bl      take                    // read it
+        mov     x1, x20                 // a frame is put in its place
+        ldr     x2, [sp]                // it has as many bytes as the length says
+        bl      take                    // read it
+        mov     x19, x20                // the first of its system calls
+again:  ldr     x8, [x19]               // the number of the call
+        tbnz    x8, #63, frame          // a negative one: there are no more in this frame
+        ldp     x0, x1, [x19, #8]       // the first two of six arguments
+        ldp     x2, x3, [x19, #24]      // two more
+        ldp     x4, x5, [x19, #40]      // the last two
+        svc     #0                      // do it
+        ldr     x9, [x19, #56]          // the least that it may return
+        cmp     x0, x9                  // is it less?
+        b.lt    fail                    // then give up
+        add     x19, x19, #64           // the next call
+        b       again                   // of this frame
+more:   mov     x0, #0                  // from descriptor 0
+        mov     x8, #63                 // read
+        svc     #0                      // into x1, as many as x2
+        cmp     x0, #0                  // how many were they?
+        b.le    fail                    // none, or an error: whoever wrote has gone
+        add     x1, x1, x0              // the rest goes behind them
+        sub     x2, x2, x0              // and is so much less
+take:   cbnz    x2, more                // from here: read x2 bytes to x1, as long as any are left
+        ret                             // all are there
+fail:   mov     x0, #125                // with this exit code
+        mov     x8, #94                 // exit_group
+        svc     #0                      // end
+        """,
+        "1400a4d2e1030091020180d217000094e10314aae20340f914000094f30314aa680240f908ffffb7608640a9628e41a9649642a9010000"
+        "d4691e40f91f0009eb8b01005473020191f6ffff17000080d2e80780d2010000d41f0000f1ad0000542100008b420000cb22ffffb5c003"
+        "5fd6a00f80d2c80b80d2010000d4",
+        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 24, 49, 166, 221, 94), strict=True)),
+    ),
+}
+
+
+def shim(machine: Machine) -> bytes:
+    """The shim as an executable: its code, and room for a frame. Source: elf(5)."""
+    load, begin = 0x400000, 64 + 2 * 56
+    code = bytes.fromhex(machine.code)
+    size = begin + len(code)
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, machine.elf, 1, load + begin, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    text = struct.pack("<IIQQQQQQ", 1, 5, 0, load, load, size, size, 1 << 16)
+    room = struct.pack("<IIQQQQQQ", 1, 6, 0, SHIM_BASE, SHIM_BASE, 0, SHIM_ROOM, 1 << 16)
+    return head + text + room + code
+
+
+def shim_frame(machine: Machine, calls: Iterable[tuple[Any, ...]]) -> bytes:
+    """Calls as (name, least good result, arguments …) in one frame; an argument is a number, bytes, or a list of bytes, which
+    stands for an array of pointers with a NULL at its end. Raises ValueError when that is too much."""
+    calls, data = list(calls), bytearray()
+
+    def placed(value: Any) -> int:
+        if isinstance(value, int):
+            return value % (1 << 64)
+        if isinstance(value, list):
+            value = struct.pack(f"<{len(value) + 1}Q", *map(placed, value), 0)
+        data.extend(bytes(-len(data) % 8))
+        at = SHIM_BASE + 64 * (len(calls) + 1) + len(data)
+        data.extend(value)
+        return at
+
+    packed = [
+        struct.pack("<q6Qq", machine.calls[name], *map(placed, (*arguments, *[0] * (6 - len(arguments)))), least)
+        for name, least, *arguments in calls
+    ]
+    frame = b"".join([*packed, struct.pack("<q", -1), bytes(56), data])
+    if len(frame) > SHIM_ROOM:
+        raise ValueError("more than a warm container takes at once")
+    return struct.pack("<Q", len(frame)) + frame
+
+
+def _c(text: str) -> bytes:
+    return text.encode(errors="surrogateescape") + b"\0"
+
+
+def hand_out_frames(machine: Machine, request: RunRequest, argv: Sequence[str], environment: list[str]) -> Iterator[bytes]:
+    """What makes the shim this run's program: the folders and files of files_tar, and what the engine's init would do, with
+    execvp(3). A program that cannot be run is left to that init, which says so. Raises ValueError."""
+    folders = [*parent_folders(request.workdir[1:]), request.workdir[1:]]
+    calls: list[tuple[Any, ...]] = [("mkdirat", -EEXIST, AT_FDCWD, _c(f"/{folder}"), 0o755) for folder in folders]
+    calls += [("chdir", 0, _c(request.workdir)), ("umask", 0, 0)]
+    calls += [("mkdirat", -EEXIST, AT_FDCWD, _c(folder), 0o777) for folder in sorted(folders_of(request.files))]
+    size = 0
+    for path, content in request.files.items():
+        calls.append(("unlinkat", ANY_RESULT, AT_FDCWD, _c(path), 0))
+        calls.append(("openat", 3, AT_FDCWD, _c(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777))
+        for start in range(0, len(content), SHIM_PIECE):
+            piece = content[start : start + SHIM_PIECE]
+            calls.append(("write", len(piece), 3, piece, len(piece)))
+            size += len(piece)
+            if size > SHIM_PIECE or len(calls) > 1000:
+                yield shim_frame(machine, calls)
+                calls, size = [], 0
+        calls.append(("close", 0, 3))
+    calls.append(("umask", 0, 0o022))
+    if request.stdin is None:
+        calls += [("openat", 3, AT_FDCWD, _c(os.devnull), os.O_RDONLY), ("dup3", 0, 3, 0, 0), ("close", 0, 3)]
+    calls += [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0), ("write", 1, 1, HANDED_OUT, 1)]
+    arguments, variables = list(map(_c, argv)), list(map(_c, environment))
+    path = next(variable[5:] for variable in environment if variable.startswith("PATH="))
+    places = [argv[0]] if "/" in argv[0] else [f"{folder or '.'}/{argv[0]}" for folder in path.split(":")]
+    init = "/sbin/docker-init"
+    calls += [("execve", ANY_RESULT, _c(place), arguments, variables) for place in places]
+    calls.append(("execve", ANY_RESULT, _c(init), [_c(init), _c("-s"), _c("--"), *arguments], variables))
+    calls.append(("exit_group", 0, 126))
+    yield shim_frame(machine, calls)
+
+
+def container_environment(image: Image, hostname: str, home: str, env: Mapping[str, str]) -> list[str]:
+    """The environment of a container's program, in its order: what the engine sets, what the request and then the image say,
+    and the home that the runtime adds when there is none. Sources: moby, CreateDaemonEnvironment; runc, setupUser."""
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    merged |= env
+    merged |= {name: value for name, _, value in (each.partition("=") for each in image.env) if name not in env}
+    if not merged.get("HOME"):
+        merged["HOME"] = home
+    return [f"{name}={value}" for name, value in merged.items()]
+
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a container whose image has none
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """What `--warm` asks for, and the request that its containers are made of."""
+
+    image: str  # written out
+    count: int
+    request: RunRequest
+
+
+@dataclasses.dataclass(eq=False)
+class Warm:
+    """A warm container. `started`: when its start was sent and answered (monotonic), and when it was by the engine's clock."""
+
+    id: str
+    container: str
+    pool: Pool
+    image: Image
+    home: str
+    slot: Slot | None
+    output: Reply
+    started: tuple[float, float, float]
+
+    @property
+    def alive(self) -> bool:
+        """Whether nothing has come of it: a shim that waits prints nothing."""
+        try:
+            return not self.output.wire.ready(-1, 0)
+        except OSError:
+            return False
+
+
+class Pools:
+    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place."""
+
+    def __init__(self, settings: Settings, engine: Engine, slots: Slots, is_busy: Callable[[], bool]) -> None:
+        self._settings, self._engine, self._slots, self._is_busy = settings, engine, slots, is_busy
+        self._pools = [self._pool(*parse_warm(text)) for text in settings.warm]
+        self._machine: Machine | None = None  # the engine's
+        self._lock = threading.Lock()  # guards all below
+        self._ready: list[Warm] = []
+        self._ids: set[str] = set()  # of all that are being made, wait, or were handed out
+        self._homes: dict[str, str | None] = {}  # of the users of images; None where the environment is not the one we know
+        self._news = threading.Event()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="warm", daemon=True)
+
+    def _pool(self, image: str, count: int, network: str | None) -> Pool:
+        body = {"image": image, "entrypoint": [SHIM], "stdin": "", **({"network": network} if network else {})}
+        try:
+            request = RunRequest.parse(to_json(body), self._settings)
+        except LightrunError as error:
+            raise UsageError(f"--warm {image}: {error.more.get('details', error)}") from error
+        return Pool(request.reference, count, request)
+
+    def start(self) -> None:
+        """Begin to fill."""
+        if self._pools:
+            self._thread.start()
+
+    def knows(self, run_id: str) -> bool:
+        """Whether this is not a run's id but a warm container's."""
+        with self._lock:
+            return run_id in self._ids
+
+    def take(self, image: Image, request: RunRequest) -> Warm | None:
+        """A warm container that is just what the run would have made, for it alone; None when there is none."""
+        while True:
+            with self._lock:
+                found = next((warm for warm in self._ready if self._fits(warm, image, request)), None)
+                self._news.set()
+                if found is None:
+                    return None
+                self._ready.remove(found)
+            if found.alive:
+                return found
+            self.discard(found)
+
+    def _fits(self, warm: Warm, image: Image, request: RunRequest) -> bool:
+        ours = warm.pool.request
+        same = all(getattr(ours, name) == getattr(request, name) for name in ("network", "memory", "cpus", "pids", "file_size"))
+        roomy = image.root or (not request.files and request.workdir == ours.workdir)  # else a folder cannot be made
+        plain = bool(request.command or image.command) and not (request.env.get("HOME") == "" and image.has("HOME"))
+        return same and roomy and plain and warm.image.id == image.id
+
+    def hand_out(self, warm: Warm, request: RunRequest) -> bool:
+        """Send a run to a warm container; false when it did not get all of that, so that no program has begun."""
+        assert self._machine
+        environment = container_environment(warm.image, warm.container[:12], warm.home, request.env)
+        try:
+            for frame in hand_out_frames(self._machine, request, request.command or warm.image.command, environment):
+                warm.output.wire.send(frame)
+        except (OSError, ValueError) as error:
+            log.warning("a warm container cannot be used: %s", error)
+            return False
+        return True
+
+    def discard(self, warm: Warm) -> None:
+        """Let go of a warm container. What cannot be removed is left to the keeper."""
+        warm.output.close()
+        try:
+            self._engine.remove(warm.container)
+        except EngineError as error:
+            log.warning("%s", error)
+        else:
+            if warm.slot:
+                self._slots.give_back(warm.slot)
+        self.forget(warm)
+
+    def forget(self, warm: Warm) -> None:
+        """It is gone, or the keeper may remove it."""
+        with self._lock:
+            self._ids.discard(warm.id)
+
+    def stop(self, deadline: float) -> None:
+        """Remove them all, or as many as there is time for (monotonic); the others end by themselves."""
+        with self._lock:
+            left, self._ready = self._ready, []
+            self._ending.set()
+        self._news.set()
+        for warm in left:
+            if time.monotonic() < deadline:
+                self.discard(warm)
+            else:
+                warm.output.close()
+        if self._thread.is_alive():
+            self._thread.join(max(0.0, deadline - time.monotonic()))  # which has one in the making, perhaps
+
+    def _keep(self) -> None:
+        pause = RETRY_SECONDS
+        while not self._ending.is_set():
+            try:
+                architecture = str(self._engine.about().get("Architecture"))
+                self._machine = MACHINES.get(architecture) if self._engine.plain else None
+                if self._machine is None:
+                    log.warning("--warm: runs start cold: no shim for %s, or an engine behind TLS", architecture)
+                    return
+                missing = [pool.image for pool in self._pools if not self._tend(pool)]
+            except (EngineError, OSError) as error:
+                log.warning("no warm containers: %s", error)
+                missing = ["all"]
+            except Exception:
+                log.exception("warm")
+                missing = ["all"]
+            pause = min(2 * pause, MAX_SWEEP_SECONDS) if missing else RETRY_SECONDS
+            self._news.wait(pause if missing else LOOK_SECONDS)
+            self._news.clear()
+            self._ending.wait(REFILL_SECONDS)
+
+    def _tend(self, pool: Pool) -> bool:
+        """Bring a pool to its number, of today's image; whether that can be done."""
+        try:
+            self._refill(pool, self._image(pool.image))
+        except EngineAbsent:
+            raise
+        except EngineError as error:
+            log.warning("no warm container of %s: %s", pool.image, error)
+            return False
+        return True
+
+    def _refill(self, pool: Pool, image: Image) -> None:
+        with self._lock:
+            stale = [warm for warm in self._ready if warm.pool is pool and (warm.image.id != image.id or not warm.alive)]
+            self._ready = [warm for warm in self._ready if warm not in stale]
+        for warm in stale:
+            self.discard(warm)
+        home = self._home(pool, image)
+        while home is not None and not self._ending.is_set():
+            with self._lock:
+                if sum(warm.pool is pool for warm in self._ready) >= pool.count:
+                    return
+            if self._is_busy():
+                time.sleep(DISCONNECT_POLL_SECONDS)
+                continue
+            warm = self._make(pool, image, home)
+            with self._lock:
+                if not self._ending.is_set():
+                    self._ready.append(warm)
+                    continue
+            self.discard(warm)
+
+    def _image(self, reference: str) -> Image:
+        try:
+            return self._engine.image(reference)
+        except EngineMissing:
+            if self._settings.pull == "never" or is_image_id(reference):
+                raise
+            for _ in self._engine.pull(reference, self._settings.pull_timeout):
+                pass
+            return self._engine.image(reference)
+
+    def _home(self, pool: Pool, image: Image) -> str | None:
+        """The home that the runtime gives to an image's user, told by a shim that never becomes another program; None when its
+        environment is another one than we would give to a run."""
+        if image.id not in self._homes:
+            assert self._machine
+            probe, told = self._make(pool, image, ""), b""
+            try:
+                room = SHIM_BASE + SHIM_ROOM // 2
+                calls = [("openat", 3, AT_FDCWD, b"/proc/self/environ\0", 0), ("read", 1, 3, room, 64 * KIB - 1)]
+                probe.output.wire.send(shim_frame(self._machine, [*calls, ("write", 64 * KIB, 1, room, 64 * KIB)]))
+                reader = FrameReader()
+                while len(told) < 64 * KIB and (data := probe.output.next(seconds=ENGINE_SECONDS)):
+                    told += b"".join(bytes(payload) for _, payload in reader.feed(data))
+            finally:
+                self.discard(probe)
+            has = [each.decode("utf-8", "surrogateescape") for each in told.partition(b"\0\0")[0].split(b"\0")]
+            home = next((each[5:] for each in has if each.startswith("HOME=")), "")
+            same = len(told) == 64 * KIB and has == container_environment(image, probe.container[:12], home, {})
+            self._homes[image.id] = home if same else None
+            if not same:
+                log.warning("--warm %s: runs start cold: its environment is not one that lightrun knows how to give", pool.image)
+        return self._homes[image.id]
+
+    def _make(self, pool: Pool, image: Image, home: str) -> Warm:
+        """create, put, attach, start: a container whose program is the shim."""
+        assert self._machine
+        run_id, slot, wire = str(uuid.uuid4()), self._slots.take(), None
+        with self._lock:
+            self._ids.add(run_id)
+        try:
+            container = self._engine.create(run_id, image, pool.request, slot.parent if slot else "")
+            self._engine.put(container, files_tar("/.", {SHIM[1:]: shim(self._machine)}, False, time.time()))
+            if not image.root:
+                self._engine.put(container, files_tar(pool.request.workdir, {}, True, time.time()))
+            wire = self._engine.attach_whole(container)
+            if slot:
+                slot.begin()
+            sent = time.monotonic()
+            self._engine.start(container)
+            answered, state = time.monotonic(), self._engine.inspect(container)
+            if not state.running or state.started is None:
+                raise EngineError("a warm container has ended before it was used")
+            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started))
+        except BaseException:
+            if wire:
+                wire.close()
+            with contextlib.suppress(EngineError):
+                self._engine.remove(container_name(run_id))
+                if slot:
+                    self._slots.give_back(slot)
+            with self._lock:
+                self._ids.discard(run_id)
+            raise
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3224,7 +3734,7 @@ class Ask:
 
     @property
     def rank(self) -> int:
-        """A limit that was passed overrides a stop, and a cancel both; nothing overrides a cancel."""
+        """A limit that was passed overrides a stop, as a later stop does, and a cancel both; nothing overrides a cancel."""
         return {"stopped": 0, "cpu_limit": 1, "output_limit": 1}.get(self.reason, 2)
 
     @property
@@ -3234,7 +3744,7 @@ class Ask:
 
     def prevails(self, other: Ask | None) -> bool:
         """Whether this counts when the other was asked before."""
-        return other is None or self.rank > other.rank
+        return other is None or other.rank == 0 or self.rank > other.rank
 
     @classmethod
     def parse(cls, text: str | None) -> Ask | None:
@@ -3294,14 +3804,15 @@ class Hearing(enum.Enum):
     ends when the copy does, with nothing new. A run that is taken up, or whose connection broke, goes the same way."""
 
     NOTHING = "not attached"  # the container, if any, never ran: LIVE, COPY
-    LIVE = "live"  # one attach stream since before the start: COPY; NOTHING when the container is made anew
+    LIVE = "live"  # one attach stream since before the start: COPY; NOTHING when the container is made anew; ENDED when the log
+    # is full, and nothing more is wanted of it
     COPY = "copy"  # read from the engine's copy, or about to be: COPY again when that breaks; ENDED
     ENDED = "ended"  # the copy came to its end: COPY when the container runs all the same
 
 
 HEARD_NEXT = {
     Hearing.NOTHING: {Hearing.LIVE, Hearing.COPY},
-    Hearing.LIVE: {Hearing.COPY, Hearing.NOTHING},
+    Hearing.LIVE: {Hearing.COPY, Hearing.NOTHING, Hearing.ENDED},
     Hearing.COPY: {Hearing.COPY, Hearing.ENDED},
     Hearing.ENDED: {Hearing.COPY},
 }
@@ -3315,6 +3826,7 @@ class Job:
         run.split_logs = request.split_logs
         self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
         self.slot: Slot | None = None  # what counts its usage
+        self.warm: Warm | None = None  # what it was given to
         self.meter_at = math.inf if request.cpu_time is None else 0.0  # when (monotonic) that is next compared with its limit
         self.done = threading.Event()
         self.container = container_name(run.id)
@@ -3580,6 +4092,7 @@ class Runner:
         self._places = Places(settings.max_concurrent, settings.queue, self._execute)
         self._pulls = Pulls(engine, settings.pull_timeout)
         self.slots = Slots(engine, store.id)
+        self.pools = Pools(settings, engine, self.slots, lambda: self._places.queued() > 0)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -3647,7 +4160,8 @@ class Runner:
             if job.begun or job.asked:
                 self._places.at_once(job)
         self.slots.sweep()
-        self._keeper.start(self.job, self._places.hire)
+        self._keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self._places.hire)
+        self.pools.start()
 
     def _refusal(self, job: Job, packed: bytes | None) -> Ask | None:
         """Why a run that was taken up must not go on: nobody waits for it any more, or it has not begun and today's limits
@@ -3733,6 +4247,8 @@ class Runner:
         else:
             if job.slot:  # else the container may still be in it
                 self.slots.give_back(job.slot)
+        if job.warm:
+            self.pools.forget(job.warm)
         job.patience.close()
         with contextlib.suppress(Unavailable):  # the next run tries again
             self._evictor.evict(job.run.id)
@@ -3757,6 +4273,8 @@ class Runner:
                 slow = time.monotonic() - began > SLOW_SECONDS
                 job.failures = 0 if away else job.failures + (MAX_TRIES // 2 if slow else 1)
                 if job.failures >= (min(tries, 2) if job.dropped else tries):
+                    if not job.begun:
+                        job.check()
                     raise EngineError(f"{error}, again and again") from error
                 if not job.dropped:
                     job.patience.lengthen()
@@ -3807,7 +4325,10 @@ class Runner:
             job.hear(Hearing.COPY)  # told to start by an earlier daemon: it may do so before we could attach
         if job.hearing is Hearing.NOTHING:
             image = self._image(job, engine)
-            job.run.image_id, job.touched = image.id, True
+            job.run.image_id = image.id
+            if self._hand_out(job, engine, image):
+                return
+            job.touched = True
             job.slot = job.slot or self.slots.take()
             job.container = engine.create(job.run.id, image, request, job.slot.parent if job.slot else "")
             if request.files or not image.root:
@@ -3826,6 +4347,57 @@ class Runner:
         job.killing.by(time.monotonic() + request.timeout)
         self._feed(job)
 
+    def _hand_out(self, job: Job, engine: Engine, image: Image) -> bool:
+        """The twin of create, put, attach and start: give the run to a warm container. False when it is to start cold; then no
+        program of it has begun."""
+        warm = self.pools.take(image, job.request) if job.run.waited else None
+        if warm is None:
+            return False
+        job.warm, job.container, job.slot = warm, warm.container, warm.slot
+        meter = warm.slot.begin(again=True) if warm.slot else None
+        self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
+        if warm.slot:
+            warm.slot.started()
+        warm.output.wire.patience = job.patience
+        sent, late = job.now(), time.monotonic() + ENGINE_SECONDS
+        whole = self.pools.hand_out(warm, job.request)
+        job.log.hide(len(HANDED_OUT))
+        job.hear(Hearing.LIVE, warm.output)
+        while whole and job.log.hidden:
+            job.patience.heard()
+            job.check()
+            data = warm.output.next(job.patience.wake, late - time.monotonic())
+            whole = data != b"" and time.monotonic() < late
+            job.log.feed(data or b"")
+        if not whole:
+            if not self._is_untouched(warm, engine):
+                raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
+            job.hear(Hearing.NOTHING)
+            job.log.hide(0)
+            self.pools.discard(warm)
+            job.warm, job.container, job.slot = None, container_name(job.run.id), None
+            return False
+        warm.output.wire.patience = None
+        warm.output.streamed(math.inf)
+        job.begun = job.touched = job.run.warm = True
+        job.run.started = job.now()
+        job.starting = sent, job.run.started
+        now, (earliest, latest, started) = job.now() - time.monotonic(), warm.started
+        job.shift = _shift(started, started, earliest + now, latest + now)
+        job.killing.by(time.monotonic() + job.request.timeout)
+        job.stdin = None if job.request.stdin is None else warm.output
+        self._feed(job)
+        return True
+
+    def _is_untouched(self, warm: Warm, engine: Engine) -> bool:
+        """Whether a warm container has certainly not become another program: the shim has given up, and printed nothing."""
+        warm.output.close()
+        with contextlib.suppress(EngineError):
+            state = engine.inspect(warm.container)
+            copied = b"".join(engine.kept_output(warm.container, follow=False).pieces())
+            return not state.running and state.exit_code == SHIM_GAVE_UP and not copied
+        return False
+
     def _has_started(self, job: Job, engine: Engine) -> bool:
         """Look at what an earlier try or daemon left: whether the container ever ran. One that was never told to is removed."""
         try:
@@ -3841,6 +4413,7 @@ class Runner:
                 engine.remove(job.container)
         except EngineMissing as error:
             if job.begun:
+                job.check()  # a warm container has another name; nobody waits for what it did
                 raise RunEnds("lost", "the container vanished") from error
         if not job.begun and job.hearing is Hearing.LIVE:
             job.hear(Hearing.NOTHING)
@@ -3858,9 +4431,11 @@ class Runner:
         """Write a run's stdin. An engine takes it, or waits, as long as the container runs, so that a connection that breaks
         before has cut the program's input."""
         try:
-            with contextlib.closing(stdin):
-                stdin.wire.send(data)
-                stdin.wire.half_close()
+            stdin.wire.send(data)
+            stdin.wire.half_close()
+            if job.warm is None:  # the engine ends it when all was taken; a warm container's carries the output as well
+                with contextlib.closing(stdin):
+                    stdin.wire.drain()
             job.fed = True
             if not job.run.waited:
                 self._insist(job, lambda: self._store.fed(job.run.id))
@@ -3907,7 +4482,7 @@ class Runner:
         if job.run.phase != "running":
             job.enter("running")
         pause = FIRST_LOOK_SECONDS
-        look_at = time.monotonic() + (pause if job.starting and job.run.started is None else 0)
+        look_at = time.monotonic() + (pause if job.starting else 0)
         while True:
             job.patience.heard()
             self._enforce(job)
@@ -4002,7 +4577,7 @@ class Runner:
         if data:
             job.log.feed(data)
         elif data is not None:
-            job.hear(Hearing.COPY if job.hearing is Hearing.LIVE else Hearing.ENDED)
+            job.hear(Hearing.COPY if job.hearing is Hearing.LIVE and not job.log.full else Hearing.ENDED)
         return data is not None
 
     @staticmethod
@@ -4054,8 +4629,9 @@ class Runner:
         if state.exit_code == 137 and not (state.oom_killed or job.taken):  # an engine may be late to say what killed it
             time.sleep(2 * FIRST_LOOK_SECONDS)
             state = self._persist(job, lambda: self._look(job, engine))
-        if state.started is not None and state.finished is not None:  # as the engine tells both
-            job.ran = round(max(0.0, state.finished - state.started) * 1000)
+        began = job.run.started - job.shift if job.run.warm and job.run.started else state.started
+        if began is not None and state.finished is not None:  # as the engine tells both
+            job.ran = round(max(0.0, state.finished - began) * 1000)
         reason = self._reason(job, engine, state)
         ending: dict[str, Any] = {"reason": reason, "exit_code": state.exit_code, "oom_killed": state.oom_killed, "usage": usage}
         ending["error"] = {
@@ -4517,7 +5093,8 @@ _HEAD = {
     "id": _TEXT, "status": {"enum": STATUSES}, "phase": {"enum": list(PHASES)}, "reason": {"enum": REASONS}, "image": _TEXT,
     "imageId": _TEXT, "createdAt": _MOMENT, "startedAt": _MOMENT, "finishedAt": _MOMENT, "exitCode": {"type": "integer"},
     "oomKilled": _TRUE, "error": _TEXT, "durationMs": _COUNT, "timings": _NUMBERS,
-    "usage": {"type": "object", "properties": {"cpuMs": _COUNT, "memoryPeakBytes": _COUNT}}, "logsTruncated": {"type": "boolean"},
+    "usage": {"type": "object", "properties": {"cpuMs": _COUNT, "memoryPeakBytes": _COUNT}}, "warm": _TRUE,
+    "logsTruncated": {"type": "boolean"},
     "callback": _object("status attempts", status={"enum": ["pending", "delivered", "failed"]}, attempts=_COUNT, lastError=_TEXT),
 }  # fmt: skip
 ANSWERS = {
@@ -5272,6 +5849,7 @@ class Daemon:
         self._api.ending.set()
         self._remove_socket()
         self._server.end(time.monotonic() + LAST_ANSWERS_SECONDS)
+        self._runner.pools.stop(time.monotonic() + INTERRUPT_SECONDS)
         self._runner.slots.sweep()
         self._store.close()
 

@@ -537,7 +537,8 @@ class Daemon:
         except (OSError, http.client.HTTPException):
             return []
         running = {state["id"] for state in response.json()} if response.status == 200 else set()
-        return [run for entry in self.containers() if (run := entry["Labels"].get(LABEL_RUN)) not in running]
+        cold = [entry for entry in self.containers() if not entry["Command"].startswith(lightrun.SHIM)]  # the others may wait
+        return [run for entry in cold if (run := entry["Labels"].get(LABEL_RUN)) not in running]
 
     def _stop_problems(self) -> list[str]:
         if not self.running:
@@ -546,7 +547,9 @@ class Daemon:
             code = self.stop()
         except subprocess.TimeoutExpired:
             return [f"SIGTERM did not end the daemon:\n{self.log()}"]
-        return [] if code == 0 else [f"SIGTERM ended the daemon with {code}:\n{self.log()}"]
+        problems = [] if code == 0 else [f"SIGTERM ended the daemon with {code}:\n{self.log()}"]
+        warm = [entry["Status"] for entry in self.containers() if entry["Command"].startswith(lightrun.SHIM)]
+        return problems + ([f"warm containers left: {warm}\n{self.log()}"] if warm else [])
 
     def _logged_tracebacks(self) -> list[str]:
         if self.may_log_tracebacks or self._process is None or "Traceback" not in self.log():

@@ -94,7 +94,7 @@ def test_the_final_state(api: Daemon) -> None:
     state = api.run(entrypoint="echo hello; echo oops >&2; sleep 0.25", files={"in.txt": "x"}, extract=["in.txt"])
     assert state.keys() == {
         "id", "status", "reason", "image", "imageId", "createdAt", "startedAt", "finishedAt", "exitCode", "durationMs", "timings",
-        "logs", "logsTruncated", "artifacts", "extracted",
+        "logs", "logsTruncated", "artifacts", "extracted", "usage",
     }  # fmt: skip
     assert (state["status"], state["reason"], state["exitCode"], state["image"]) == ("succeeded", "exited", 0, IMAGE)
     assert state["imageId"] == image_id(IMAGE)
@@ -635,7 +635,7 @@ def test_pipelined_and_kept_alive_requests_are_answered_in_turn(api: Daemon) -> 
 
 def test_health(api: Daemon) -> None:
     health = get(api, "/health").json()
-    assert health.keys() == {"status", "docker", "version", "engine", "runs"}
+    assert health.keys() == {"status", "docker", "version", "engine", "runs", "usage"}
     assert (health["status"], health["docker"]) == ("ok", True)
     assert health["engine"].keys() == {"version", "apiVersion"}
     assert health["runs"].keys() == {"running", "queued"}

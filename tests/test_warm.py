@@ -1,0 +1,423 @@
+"""Warm containers: a run in one sees the same world as a cold one, and none is left behind."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+import lightrun
+from conftest import Daemon, DaemonFactory, Receiver, eventually
+from engine import IMAGE, EngineApi, PrivateEngine
+from images import Registry, make_image
+
+COMMAND_IMAGE = "lightrun/busybox-command:latest"
+VOLUME_IMAGE = "lightrun/busybox-warm-volume:latest"
+
+# ---------------------------------------------------------------- The shim
+
+
+@pytest.mark.parametrize(("name", "tools"), [("x86_64", ""), ("aarch64", "aarch64-linux-gnu-")])
+def test_the_code_is_what_its_source_says(tmp_path: Path, name: str, tools: str) -> None:
+    machine = lightrun.MACHINES[name]
+    (tmp_path / "shim.s").write_text(machine.source + "\n")
+    subprocess.run([f"{tools}as", "-o", tmp_path / "shim.o", tmp_path / "shim.s"], check=True)
+    subprocess.run([f"{tools}objcopy", "-O", "binary", "-j", ".text", tmp_path / "shim.o", tmp_path / "shim"], check=True)
+    assert (tmp_path / "shim").read_bytes().hex() == machine.code
+    instructions = [line for line in machine.source.splitlines() if re.match(r"(\w+:)?\s+[a-z]", line) and ".intel" not in line]
+    assert all("#" in line or "//" in line for line in instructions)
+
+
+def test_the_shim_is_a_program() -> None:
+    """`file` and the kernel take it for what it is."""
+    for machine in lightrun.MACHINES.values():
+        program = lightrun.shim(machine)
+        assert program[:4] == b"\x7fELF"
+        assert len(program) < 400
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a=", "a=0", "a=-1", "a=x", "a=101", "=1", "a b=1", "a=1/", "a=1/a b"]
+)  # fmt: skip
+def test_what_is_no_pool(text: str) -> None:
+    with pytest.raises(lightrun.UsageError, match="--warm: must be"):
+        lightrun.read_settings({"warm": [text]}, {})
+
+
+def test_pools_are_bounded_together() -> None:
+    assert lightrun.read_settings({"warm": ["a=60", "b=40/none"]}, {}).warm == ("a=60", "b=40/none")
+    with pytest.raises(lightrun.UsageError, match="at most 100"):
+        lightrun.read_settings({"warm": ["a=60", "b=41"]}, {})
+
+
+@pytest.mark.parametrize("image", ["Alpine=1", "a=1/host", "a=1/secret"])
+def test_a_pool_that_no_request_could_ask_for(daemon: DaemonFactory, image: str) -> None:
+    refused = daemon("--warm", image, start=False).start(wait=False)
+    assert refused.process.wait(20) == 2
+    assert refused.log().startswith("lightrun: --warm")
+
+
+# ---------------------------------------------------------------- Cold and warm
+
+
+@pytest.fixture(scope="module")
+def command_image(engine_api: EngineApi) -> str:
+    """An image with an entrypoint, a command and an environment of its own."""
+    lines = (
+        'ENTRYPOINT ["sh", "-c", "echo $0 $1 $GREETING; env"]',
+        'CMD ["zero", "one two"]',
+        "ENV GREETING=hello",
+        "ENV PATH=/bin",
+    )
+    return make_image(engine_api, COMMAND_IMAGE, *lines)
+
+
+@pytest.fixture(scope="module")
+def volume_image(engine_api: EngineApi) -> str:
+    """An image whose workdir holds a volume."""
+    return make_image(engine_api, VOLUME_IMAGE, "VOLUME /app/data")
+
+
+@pytest.fixture(scope="module")
+def static_image(engine_api: EngineApi, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An image that is one program, without a shell."""
+    root = tmp_path_factory.mktemp("static")
+    shutil.copy(str(shutil.which("busybox")), root / "cat")
+    client = docker.APIClient(version="auto")
+    with contextlib.closing(client):
+        archive = subprocess.run(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE, check=True).stdout
+        client.import_image_from_data(archive, repository="lightrun/static", tag="latest")
+        yield "lightrun/static:latest"
+        client.remove_image("lightrun/static:latest", force=True)
+
+
+@pytest.fixture(scope="module")
+def pair(
+    module_daemon: DaemonFactory, uid_image: str, user_image: str, command_image: str, volume_image: str, static_image: str
+) -> tuple[Daemon, Daemon]:
+    """A daemon whose runs start cold, and one that has a warm container of each image."""
+    images = (uid_image, user_image, command_image, volume_image, static_image)
+    pools = [argument for image in images for argument in ("--warm", f"{image}=1/none")]
+    warm = module_daemon("--warm", f"{IMAGE}=2/none", *pools).offline()
+    return module_daemon().offline(), warm
+
+
+def waiting(daemon: Daemon) -> list[dict[str, Any]]:
+    """The warm containers that wait for a run."""
+    return [entry for entry in daemon.containers() if entry["Command"].startswith(lightrun.SHIM) and entry["State"] == "running"]
+
+
+def run_warm(daemon: Daemon, **fields: Any) -> dict[str, Any]:
+    """A run in a warm container, as soon as one of that image is there."""
+    client = docker.APIClient(version="auto")
+    with contextlib.closing(client):
+        image = client.inspect_image(fields.get("image", IMAGE))["Id"]
+    assert eventually(lambda: any(entry["ImageID"] == image for entry in waiting(daemon)), 60)
+    for _ in range(50):  # until it is known to the pool as well
+        state = daemon.run(**fields)
+        if state.get("warm"):
+            return state
+        time.sleep(0.2)
+    raise AssertionError(f"no warm run: {state}\n{daemon.log()}")
+
+
+def told(daemon: Daemon, state: dict[str, Any]) -> dict[str, Any]:
+    """What a run tells, without what differs between any two of them."""
+    about: dict[str, Any] = {
+        name: state.get(name) for name in ("reason", "exitCode", "oomKilled", "error", "artifacts", "extracted")
+    }
+    for stream in ("stdout", "stderr"):
+        text = daemon.request("GET", f"/runs/{state['id']}/logs?stream={stream}").text
+        text = re.sub(r"\b[0-9a-f]{64}\b|\b[0-9a-f]{12}\b", "<container>", text)
+        text = re.sub(r"(pipe|socket|mnt|pid|net|ipc|uts|cgroup|user):\[\d+\]", r"\1", text)
+        text = re.sub(r"tini \(\d+\)", "tini", text)
+        about[stream] = re.sub(r"(?m)^overlay .*$|lightrun/\S+", "<engine>", text)
+    return about
+
+
+BIG = base64.b64encode(bytes(range(256)) * (28 << 10)).decode()
+NAMES = "sed 's/ [A-Z].*//'"  # without the times of `ls -l`
+# One run tells many things, each under its name.
+WORLD = {
+    "who": "id; umask",
+    "environment": r"tr '\0' '\n' < /proc/$$/environ",
+    "home": "echo ~ $HOME",
+    "the folder": f"pwd; ls -la | {NAMES}; ls -ld / .. | {NAMES}",
+    "descriptors": "ls /proc/$$/fd; for n in 0 1 2; do readlink /proc/$$/fd/$n; done",
+    "standing": "grep -E '^(Uid|Gid|Groups|Umask|Sig[PBIC]|Shd|Cap|NoNew|Seccomp|Threads|Cpus_|Mems)' /proc/$$/status",
+    "standing of a program": "grep -E '^(Sig[PBIC]|Cap|Groups)' /proc/self/status",
+    "limits": "cat /proc/$$/limits",
+    "mounts": "cut -d' ' -f1-4 /proc/mounts | sort",
+    "cgroups": "cut -d: -f2 /proc/self/cgroup",
+    "namespaces": "ls /proc/self/ns",
+    "the first process": "cat /proc/1/comm",
+    "processes": "ls /proc > /tmp/processes; grep -c '^[0-9]' /tmp/processes; rm /tmp/processes",
+    "priority": "cat /proc/$$/oom_score_adj /proc/$$/timerslack_ns; cut -d' ' -f17-19 /proc/$$/stat",
+    "terminal": "for n in 0 1 2; do test -t $n; echo $?; done; tty",
+    "network": "ls /sys/class/net; cat /etc/resolv.conf; hostname | wc -c; cut -f1 /etc/hosts",
+    "name": r"cat /proc/$$/comm; tr '\0' '|' < /proc/$$/cmdline",
+    "no input": "wc -c",
+    "what is refused": "mount -t tmpfs x /mnt; chroot / true; mknod /x c 1 3; echo $?",
+}
+TELL = "exec 2>&1; " + "; ".join(f"echo '== {name}'; {command}" for name, command in WORLD.items())
+PROBES: dict[str, dict[str, Any]] = {
+    "the world": {"entrypoint": ["sh", "-c", TELL, "a b", "", "ü", "\n", "$x"],
+                  "env": {"B": "1", "A": "two words", "E": "", "Z": "é="}},
+    "environment": {"entrypoint": ["cat", "/proc/self/environ"],
+                    "env": {"PATH": "/bin:", "HOSTNAME": "h", "C": "c\n", "HOME": "/tmp"}},
+    "empty home": {"entrypoint": ["cat", "/proc/self/environ"], "env": {"A": "a", "HOME": "", "B": "b"}},
+    "workdir": {"entrypoint": f"pwd; ls -ld . .. ../.. | {NAMES}", "workdir": "/some/new//./folder/"},
+    "a workdir of the image": {"entrypoint": "pwd", "workdir": "/tmp"},
+    "both streams": {"entrypoint": "echo out; echo err >&2; printf 'no end'"},
+    "empty input": {"entrypoint": "readlink /proc/self/fd/0 | cut -d: -f1; wc -c", "stdin": ""},
+    "input as JSON": {"entrypoint": ["cat"], "input": {"a": [1, None, "ü"]}},
+    "3 MB of input": {"entrypoint": "md5sum; wc -c < /dev/null", "stdin": "0123456789abcde\n" * (3 << 16)},
+    "3 MB that are not read": {"entrypoint": "sleep 0.2; echo done", "stdin": "0123456789abcde\n" * (3 << 16)},
+    "3 MB of which a line is read": {"entrypoint": "read line; echo $line; exit 4", "stdin": "0123456789abcde\n" * (3 << 16)},
+    **{f"exit code {code}": {"entrypoint": f"exit {code}"} for code in (3, 125, 127, 255)},
+    "exit code 125 after input": {"entrypoint": ["sh", "-c", "exit 125"], "stdin": "x"},
+    **{f"signal {name}": {"entrypoint": f"kill -{name} $$; sleep 1"} for name in ("KILL", "SEGV", "TERM")},
+    "no program": {"entrypoint": ["nosuch", "x"]},
+    "no program at a path": {"entrypoint": ["/no/such"]},
+    "a folder for a program": {"entrypoint": ["/tmp"]},
+    "a file that is no program": {"entrypoint": ["/etc/passwd"]},
+    "a script": {"entrypoint": ["./s", "1"], "files": {"s": "#!/bin/sh\necho $0 $1; cat /proc/$$/comm"}},
+    "a script by PATH": {"entrypoint": ["s", "1"], "files": {"s": "#!/bin/sh\necho $0 $1"}, "env": {"PATH": "/bin:/app"}},
+    "a script without an interpreter": {"entrypoint": ["./s"], "files": {"s": "#!/no/such\n"}},
+    "a script without #!": {"entrypoint": ["./s", "1"], "files": {"s": "echo $0 $1"}},
+    "setup": {"setup": ["A=1", "cd /tmp"], "entrypoint": "echo $A; pwd"},
+    "setup that fails": {"setup": ["echo one", "exit 5"], "entrypoint": "echo two"},
+    "files": {"entrypoint": f"find . | sort; cat a/b/c 'ü x'; ls -l . a/b | {NAMES}",
+              "files": {"a/b/c": "1", "ü x": "2", "d": ""}},
+    "files over the image's": {"entrypoint": f"cat passwd; ls -l passwd | {NAMES}", "workdir": "/etc",
+                               "files": {"passwd": "mine"}},
+    "a file of 7 MB": {"entrypoint": "md5sum big", "files": {"big": {"base64": BIG}}},
+    "2,000 files": {"entrypoint": "find . -type f | wc -l; cat $(find . -type f | sort) | md5sum",
+                    "files": {f"{n % 40}/{n}": f"file {n}" for n in range(2000)}},
+    "20 MB of output": {"entrypoint": "i=0; while [ $i -lt 20 ]; do cat block; i=$((i+1)); done | tee /dev/stderr | md5sum",
+                        "files": {"block": ("x" * 1000 + "\n") * 1000}},
+    "extract": {"entrypoint": "mkdir -p d/e; echo x > d/e/f; ln -s f d/g; echo y > h; chmod +x h", "extract": ["d", "h", "no"]},
+    "out of memory": {"entrypoint": "tail /dev/zero"},
+    "timeout": {"entrypoint": "echo begun; sleep 60", "timeout": 700},
+    "limit of output": {"entrypoint": "yes", "outputLimit": 1000},
+    "limit of CPU": {"entrypoint": "while :; do :; done", "cpuTime": 200},
+    "children": {"entrypoint": "(sleep 60; echo late) & (setsid sleep 60 &) ; (sleep 0.3; echo waited for) & wait $!; echo end"},
+    "a bomb": {"entrypoint": "f() { f | f & }; f 2>/dev/null; sleep 0.5; echo survived", "timeout": 5000},
+}  # fmt: skip
+
+
+def probes() -> Iterator[Any]:
+    """Each probe of the plain image, and some of the others."""
+    yield from (pytest.param("", fields, id=name) for name, fields in PROBES.items())
+    for image in ("uid_image", "user_image", "volume_image"):
+        for name in ("the world", "empty home", "3 MB of input", "no program"):
+            yield pytest.param(image, PROBES[name], id=f"{name}, {image}")
+    yield pytest.param("volume_image", {"entrypoint": "echo x > data/y; ls -la data | sed 's/ [A-Z].*//'"}, id="volume")
+    yield pytest.param("command_image", {}, id="the image's own command")
+    yield pytest.param("command_image", {"env": {"GREETING": "bye", "A": "b"}}, id="the image's own command and variables")
+    yield pytest.param("static_image", {"entrypoint": ["/cat", "/etc/hostname"]}, id="no shell")
+    yield pytest.param("static_image", {"entrypoint": ["/cat"], "stdin": "x"}, id="no shell, input")
+    yield pytest.param("static_image", {"entrypoint": "true"}, id="no shell, script")
+
+
+@pytest.mark.parametrize(("image", "fields"), list(probes()))
+def test_the_same_world(request: pytest.FixtureRequest, pair: tuple[Daemon, Daemon], image: str, fields: dict[str, Any]) -> None:
+    cold, warm = pair
+    body = {**fields, "image": request.getfixturevalue(image) if image else IMAGE}
+    first = cold.run(**body)
+    assert "warm" not in first
+    assert told(warm, run_warm(warm, **body)) == told(cold, first)
+
+
+def test_forty_things_are_compared() -> None:
+    assert len(PROBES) + len(WORLD) >= 40
+
+
+def test_a_stop_is_heard(pair: tuple[Daemon, Daemon]) -> None:
+    _, warm = pair
+    eventually(lambda: waiting(warm))
+    fields = {
+        **warm.fields,
+        "image": IMAGE,
+        "entrypoint": "trap 'echo bye; exit 3' TERM; echo begun; while :; do sleep 0.1; done",
+    }
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(warm.run, **fields)
+        run = eventually(lambda: [each["id"] for each in warm.request("GET", "/runs?status=running").json()])[0]
+        warm.wait_for(run, lambda state: state["logs"])
+        assert warm.request("POST", f"/runs/{run}/stop").status == 204
+        state = answer.result()
+    assert (state["reason"], state["exitCode"], state["logs"]) == ("stopped", 3, ["begun", "bye"])
+
+
+def test_a_client_that_leaves(pair: tuple[Daemon, Daemon]) -> None:
+    _, warm = pair
+    eventually(lambda: waiting(warm))
+    body = json.dumps({"image": IMAGE, "network": "none", "entrypoint": "echo begun; sleep 60"}).encode()
+    with warm.connect() as connection:
+        connection.sendall(b"POST /run HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: %d\r\n\r\n%b" % (len(body), body))  # fmt: skip
+        run = eventually(lambda: [each["id"] for each in warm.request("GET", "/runs?status=running").json()])[0]
+        warm.wait_for(run, lambda state: state["logs"])
+    assert warm.wait(run)["reason"] == "cancelled"
+
+
+# ---------------------------------------------------------------- Honest figures
+
+
+def test_a_warm_run_is_timed_from_its_hand_out(pair: tuple[Daemon, Daemon]) -> None:
+    _, warm = pair
+    eventually(lambda: waiting(warm))
+    time.sleep(1)
+    began = time.time()
+    state = run_warm(warm, entrypoint="sleep 0.5")
+    started = lightrun.parse_timestamp(state["startedAt"])
+    assert began - 0.01 <= started
+    assert 450 <= state["timings"]["run"] <= state["durationMs"]
+    assert state["usage"]["cpuMs"] <= 15
+    burnt = run_warm(warm, entrypoint="i=0; while [ $i -lt 300000 ]; do i=$((i+1)); done; cat /proc/$$/schedstat")
+    told_ms = int(burnt["logs"][0].split()[0]) / 1e6
+    assert told_ms - 10 <= burnt["usage"]["cpuMs"] <= told_ms * 1.03 + 15
+
+
+def test_which_runs_start_cold(pair: tuple[Daemon, Daemon], uid_image: str) -> None:
+    """Those that would have made another container, or must survive lightrun."""
+    _, warm = pair
+    for fields in ({"memory": "64m"}, {"cpus": 0.5}, {"pids": 50}, {"fileSize": "1m"}, {"image": uid_image, "workdir": "/new"},
+                   {"image": uid_image, "files": {"a": "b"}}):  # fmt: skip
+        eventually(lambda: len(waiting(warm)) >= 7, 60)
+        state = warm.run(**{"entrypoint": "true", **fields})
+        assert (state["status"], "warm" in state) == ("succeeded", False)
+    run = warm.detach(entrypoint="true")
+    assert "warm" not in warm.wait(run)
+
+
+# ---------------------------------------------------------------- Pools come and go
+
+
+def test_pools_fill_and_leave_nothing(daemon: DaemonFactory) -> None:
+    lightrun_ = daemon("--warm", f"{IMAGE}=3/none").offline()
+    assert eventually(lambda: len(waiting(lightrun_)) == 3, 60)
+    runs = [run_warm(lightrun_, entrypoint=f"echo {number}")["logs"] for number in range(6)]
+    assert runs == [[str(number)] for number in range(6)]
+    assert eventually(lambda: len(waiting(lightrun_)) == 3, 60)
+    assert lightrun_.stop() == 0
+    assert lightrun_.containers() == []
+
+
+def test_a_kill_leaves_nothing(daemon: DaemonFactory) -> None:
+    lightrun_ = daemon("--warm", f"{IMAGE}=2/none").offline()
+    assert eventually(lambda: len(waiting(lightrun_)) == 2, 60)
+    with ThreadPoolExecutor() as pool:
+        cut = pool.submit(
+            lightrun_.request, "POST", "/run", {"image": IMAGE, "network": "none", "entrypoint": "echo begun; sleep 60"}
+        )
+        run = eventually(lambda: [each["id"] for each in lightrun_.request("GET", "/runs?status=running").json()])[0]
+        lightrun_.wait_for(run, lambda state: state["logs"])
+        lightrun_.kill()
+        assert isinstance(cut.exception(), Exception)
+    old = {entry["Id"] for entry in lightrun_.containers()}
+    assert eventually(lambda: len(waiting(lightrun_)) <= 1), "the shims do not end with their input"  # but the program runs on
+    lightrun_.start()
+    assert lightrun_.wait(run)["reason"] == "interrupted"
+    assert eventually(lambda: not old & {entry["Id"] for entry in lightrun_.containers()}, 30)
+    assert eventually(lambda: len(waiting(lightrun_)) == 2, 60)
+
+
+def test_an_image_that_changes(daemon: DaemonFactory, engine: docker.APIClient) -> None:
+    engine.tag(IMAGE, "lightrun/changing", "1")
+    try:
+        lightrun_ = daemon("--warm", "lightrun/changing:1=1/none").offline()
+        before = run_warm(lightrun_, image="lightrun/changing:1", entrypoint="true")
+        make_image(EngineApi(), "lightrun/changing:1", "ENV NEW=1")
+        after = lightrun_.run(image="lightrun/changing:1", entrypoint="echo $NEW")
+        assert (after["logs"], "warm" in after, after["imageId"] == before["imageId"]) == (["1"], False, False)
+        assert run_warm(lightrun_, image="lightrun/changing:1", entrypoint="echo $NEW")["logs"] == ["1"]
+        lightrun_.stop()
+    finally:
+        engine.remove_image("lightrun/changing:1", force=True)
+
+
+def test_a_missing_image_is_pulled(daemon: DaemonFactory, registry: Registry) -> None:
+    image = registry.push(IMAGE, "warm/image:1")
+    lightrun_ = daemon("--warm", f"{image}=1/none").offline()
+    assert run_warm_when_there(lightrun_, image)["logs"] == ["x"]
+    lightrun_.stop()
+
+
+def run_warm_when_there(daemon: Daemon, image: str) -> dict[str, Any]:
+    """The same for an image that is not there yet."""
+    assert eventually(lambda: waiting(daemon), 60)
+    return run_warm(daemon, image=image, entrypoint="echo x")
+
+
+def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
+    lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never").offline()
+    assert eventually(lambda: "no warm container of docker.io/lightrun/nosuch:latest" in lightrun_.log())
+    assert run_warm(lightrun_, entrypoint="echo x")["logs"] == ["x"]
+    lightrun_.stop()
+
+
+def test_a_restarted_engine(daemon: DaemonFactory) -> None:
+    with PrivateEngine() as private:
+        lightrun_ = daemon("--docker-host", private.host, "--warm", f"{IMAGE}=2/none").offline()
+        assert eventually(lambda: lightrun_.run(entrypoint="true").get("warm"), 60, 0.5)
+        private.stop()
+        private.start()
+        assert eventually(lambda: lightrun_.request("GET", "/health").status == 200, 30)
+        assert eventually(lambda: lightrun_.run(entrypoint="echo x").get("warm"), 90, 0.5)
+        lightrun_.stop()
+
+
+def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.APIClient) -> None:
+    """It is not handed out, and replaced."""
+    lightrun_ = daemon("--warm", f"{IMAGE}=1/none").offline()
+    run_warm(lightrun_, entrypoint="true")
+    [entry] = eventually(lambda: waiting(lightrun_), 60)
+    time.sleep(0.5)
+    engine.kill(entry["Id"])
+    assert eventually(lambda: not waiting(lightrun_))
+    assert lightrun_.run(entrypoint="echo x")["logs"] == ["x"]
+    assert run_warm(lightrun_, entrypoint="echo y")["logs"] == ["y"]
+
+
+def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
+    """The shim gives up, nothing has run, and the engine says what is wrong."""
+    lightrun_ = daemon("--warm", f"{IMAGE}=1/none").offline()
+    assert eventually(lambda: waiting(lightrun_), 60)
+    time.sleep(0.5)
+    state = lightrun_.run(entrypoint="echo x", workdir="/etc/passwd/below")
+    assert (state["reason"], "warm" in state) == ("start_failed", False)
+    full = lightrun_.run(entrypoint="ls", files={"passwd/x": "y"}, workdir="/etc")
+    assert full["reason"] in {"exited", "start_failed"}
+
+
+def test_many_at_once(daemon: DaemonFactory, receiver: Receiver) -> None:
+    """More runs than warm containers, some that leave: each has its own output."""
+    lightrun_ = daemon("--warm", f"{IMAGE}=3/none", "--max-concurrent", "4").offline()
+    assert eventually(lambda: len(waiting(lightrun_)) == 3, 60)
+    lock, warm = threading.Lock(), []
+
+    def run(number: int) -> None:
+        state = lightrun_.run(entrypoint="cat; cat n", stdin=f"{number}\n", files={"n": f"{number}\n"})
+        assert state["logs"] == [str(number)] * 2
+        with lock:
+            warm.append(state.get("warm", False))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(24)))
+    assert any(warm)
+    lightrun_.stop()
+    assert lightrun_.containers() == []
