@@ -2073,9 +2073,10 @@ class Wire:
     def poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
         poll = select.poll()  # select() fails on descriptors over 1023
-        if self._sock.fileno() < 0:
-            raise ConnectionAbortedError  # another thread has let it go
-        poll.register(self._sock, event)
+        try:
+            poll.register(self._sock, event)
+        except ValueError as error:  # another thread has let it go
+            raise ConnectionAbortedError from error
         if wake >= 0:
             poll.register(wake, select.POLLIN)
         ready = [descriptor for descriptor, _ in poll.poll(min(max(0, seconds), ENGINE_SECONDS) * 1000)]

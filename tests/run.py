@@ -22,6 +22,8 @@ LOCK = ROOT / "tests/requirements.txt"
 PYTHON = VENV / "bin/python"
 # Debian package → the program that tests call.
 PACKAGES = {
+    "binutils": "as",
+    "binutils-aarch64-linux-gnu": "aarch64-linux-gnu-as",
     "busybox-static": "busybox",
     "curl": "curl",
     "docker-registry": "docker-registry",

@@ -495,6 +495,7 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("max_artifacts_bytes", "0", 0), ("keep", "1", 1), ("extract_limit", "1GiB", 1 << 30), ("log_limit", "64k", 64 << 10),
     ("max_concurrent", "1", 1), ("queue", "0", 0), ("max_waiting", "2", 2), ("memory", "64m", 64 << 20), ("cpus", "0.5", 0.5),
     ("pids", "50", 50), ("file_size", "0", 0), ("file_size", "1m", 1 << 20),
+    ("warm", "a=2/none", ("a=2/none",)),
     ("runtime", "runsc", "runsc"), ("pull", "never", "never"), ("pull_timeout", "1m", 60.0),
     ("pull_timeout", "1.5s", 1.5), ("drain", "0s", 0.0), ("drain", "24h", 86400.0),
     ("allow_image", "a*", ("a*",)), ("allow_network", "n", ("n",)),

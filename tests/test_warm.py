@@ -121,9 +121,9 @@ def waiting(daemon: Daemon) -> list[dict[str, Any]]:
 
 def run_warm(daemon: Daemon, **fields: Any) -> dict[str, Any]:
     """A run in a warm container, as soon as one of that image is there."""
-    client = docker.APIClient(version="auto")
-    with contextlib.closing(client):
-        image = client.inspect_image(fields.get("image", IMAGE))["Id"]
+    found = EngineApi().inspect_image(fields.get("image", IMAGE))
+    assert found
+    image = found["Id"]
     assert eventually(lambda: any(entry["ImageID"] == image for entry in waiting(daemon)), 60)
     for _ in range(50):  # until it is known to the pool as well
         state = daemon.run(**fields)
