@@ -13,6 +13,7 @@ import dataclasses
 import http.client
 import itertools
 import json
+import operator
 import os
 import random
 import socketserver
@@ -300,7 +301,8 @@ class Soak:
 
     def _verify_nothing_left(self, volumes: set[str]) -> None:
         daemon = self.daemon
-        assert eventually(lambda: all(entry["Command"].startswith(lightrun.SHIM) for entry in daemon.containers())), "containers left"
+        shims = operator.itemgetter("Command")
+        assert eventually(lambda: {shims(each) for each in daemon.containers()} <= {lightrun.SHIM}), "containers left"
         assert eventually(lambda: len(daemon.containers()) <= 1), "more warm containers than there may be"
         assert eventually(lambda: not self._volumes() - volumes), "volumes left"
         assert [each["Name"] for each in self._client.networks(names=["lightrun"])].count("lightrun") == 1

@@ -222,7 +222,7 @@ def probes() -> Iterator[Any]:
     """Each probe of the plain image, and some of the others."""
     yield from (pytest.param("", fields, id=name) for name, fields in PROBES.items())
     for image in ("uid_image", "user_image", "volume_image"):
-        for name in ("the world", "empty home", "3 MB of input", "no program"):
+        for name in ("the world", "no program"):
             yield pytest.param(image, PROBES[name], id=f"{name}, {image}")
     yield pytest.param("volume_image", {"entrypoint": "echo x > data/y; ls -la data | sed 's/ [A-Z].*//'"}, id="volume")
     yield pytest.param("command_image", {}, id="the image's own command")
