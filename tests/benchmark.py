@@ -418,8 +418,8 @@ def measure_throughput(bench: Bench) -> list[Row]:
     def client(opened: contextlib.ExitStack) -> Callable[[], object]:
         return functools.partial(opened.enter_context(bench.tcp.client()).run, PLAIN)
 
-    for clients in (1, 8) if bench.short else (1, 2, 4, 8, 16):
-        runs = bench.pick(max(4, clients), max(16, 2 * clients))
+    for clients in (4,) if bench.short else (1, 2, 4, 8, 16):
+        runs = bench.pick(clients, max(16, 2 * clients))
         failed = {"lightrun": 0, "docker": 0}
 
         def lightrun_runs(clients: int = clients, runs: int = runs, failed: dict[str, int] = failed) -> float:
@@ -446,7 +446,7 @@ def measure_throughput(bench: Bench) -> list[Row]:
 def measure_own_cost(bench: Bench) -> list[Row]:
     """What lightrun adds to a run: CPU, and the time that the run's own timings do not account for."""
     cpu, bare_cpu, outside = 0.0, 0.0, []
-    rounds = bench.pick(2, 50)
+    rounds = bench.pick(1, 50)
     plain = bench.request(PLAIN)
     with bench.tcp.client() as client:
         client.run(PLAIN)
@@ -469,7 +469,7 @@ def measure_own_cost(bench: Bench) -> list[Row]:
 
 def measure_memory(bench: Bench) -> list[Row]:
     """What an idle daemon holds, and one with many running containers."""
-    count = bench.pick(8, 100)
+    count = bench.pick(4, 100)
     daemon = bench.daemon("--max-concurrent", str(count), "--queue", "100")
     idle = daemon.holds()
     with daemon.client() as client:
@@ -514,7 +514,7 @@ def _followers(bench: Bench, daemon: Daemon, run_id: str) -> list[Row]:
 
 def measure_many_runs(bench: Bench) -> list[Row]:
     """Whether memory grows with the runs that were."""
-    runs, daemon = bench.pick(8, 300), bench.tcp
+    runs, daemon = bench.pick(3, 300), bench.tcp
 
     def client(opened: contextlib.ExitStack) -> Callable[[], object]:
         return functools.partial(opened.enter_context(daemon.client()).run, PLAIN)

@@ -144,7 +144,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Run the whole suite in several workers, unless the command line picks tests or says how many."""
     option = config.option
     lists = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not getattr(option, "lf", False)
-    picked = not lists or option.keyword or option.markexpr
+    picked = not lists or option.keyword or option.markexpr not in {"", "not long"}
     if option.numprocesses is None and not (picked or option.usepdb or option.collectonly or hasattr(config, "workerinput")):
         option.numprocesses = WORKERS
 

@@ -503,13 +503,13 @@ def _means_something(call: str, point: str, fault: str, mode: str) -> bool:
     )
 
 
-def sample(cells: Iterable[Cell], seed: int) -> list[Cell]:
-    """A few cells with every call, fault, kind and mode, and most pairs of them, that don't take long."""
+def sample(cells: Iterable[Cell], seed: int, most: int) -> list[Cell]:
+    """A few cells with every call, fault, kind and mode, and many pairs of them, that don't take long."""
     left = [cell for cell in cells if cell.fault not in {"silent", "trickle"} or cell.mode == "cancel" or cell.call == "attach"]
     random.Random(seed).shuffle(left)
     chosen: list[Cell] = []
     seen: set[tuple[str, str]] = set()
-    while (best := max(left, key=lambda cell: len(cell.marks() - seen))).marks() - seen:
+    while len(chosen) < most and (best := max(left, key=lambda cell: len(cell.marks() - seen))).marks() - seen:
         chosen.append(best)
         seen |= best.marks()
     return chosen
@@ -790,7 +790,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.all:
         random.Random(options.seed).shuffle(cells)
     else:
-        cells = sample(cells, options.seed)
+        cells = sample(cells, options.seed, len(cells))
     cells = cells[: options.count]
     if options.list:
         print(*cells, f"{len(cells)} cells", sep="\n")

@@ -43,7 +43,8 @@ from images import make_image
 
 LAUNCHER = ROOT / "tests/launcher.py"
 IMAGE = "lightrun/soak:latest"  # has a volume, which must go with each container
-OPTIONS = ("--max-concurrent", "6", "--warm", f"{IMAGE}=1/none")
+OPTIONS = ("--max-concurrent", "6")
+WARM = ("--warm", f"{IMAGE}=1/none")  # of the long form
 ENVIRONMENT = {"LIGHTRUN_DELAYS": "0.3 " * 20}
 STEPS = (
     "Store.add", "Store.begin", "Store.fed", "Store.ask", "Store.finish", "Store.attempted", "Store.delete",
@@ -330,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as tempfile.tempdir:
         client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
         with contextlib.closing(client):
-            daemon = Daemon(LAUNCHER, client, OPTIONS, env=ENVIRONMENT)
+            daemon = Daemon(LAUNCHER, client, (*OPTIONS, *WARM), env=ENVIRONMENT)
             soak = Soak(daemon, client, options.kills, options.seed)
             try:
                 soak.run()

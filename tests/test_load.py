@@ -173,6 +173,7 @@ def test_a_hundred_followers_get_every_byte(daemon: DaemonFactory) -> None:
 # ---------------------------------------------------------------- Clients that do nothing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("count", "sent"),
     [
@@ -281,6 +282,7 @@ def test_memory_is_flat_over_many_calls(daemon: DaemonFactory) -> None:
     assert rss(lightrun) - before < 4 * MIB
 
 
+@pytest.mark.long
 def test_memory_is_flat_over_many_lists(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-concurrent", "1")
     busy = lightrun.detach(**SLEEP)
@@ -299,6 +301,7 @@ def test_memory_is_flat_over_many_lists(daemon: DaemonFactory) -> None:
     end(lightrun, busy)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", ["", "/logs"])
 def test_answers_that_nobody_reads_wait_on_disk(daemon: DaemonFactory, path: str) -> None:
     lightrun = daemon()

@@ -29,7 +29,7 @@ JSON = {"Content-Type": "application/json"}
 TAR, NDJSON = {"Accept": "application/x-tar"}, {"Accept": "application/x-ndjson"}
 NOBODY = "00000000-0000-4000-8000-000000000000"
 HELLO = {"image": IMAGE, "entrypoint": "echo hello", "network": "none"}
-EXAMPLES = int(os.environ.get("LIGHTRUN_FUZZ_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("LIGHTRUN_FUZZ_EXAMPLES", "4"))
 MIB = 1024 * 1024
 
 
@@ -300,6 +300,7 @@ def test_schemathesis_finds_no_answer_outside_the_document(daemon: DaemonFactory
         "run", f"{lightrun.url}/openapi.json", "-H", f"Authorization: Bearer {TOKEN}", "--checks", "all",
         "--exclude-checks", excluded, "--max-examples", str(EXAMPLES), "--request-timeout", "60", "--no-color",
         "--suppress-health-check", "all", "--generation-database", "none", "--continue-on-failure",
+        "--phases", "coverage,fuzzing" if EXAMPLES < 100 else "examples,coverage,fuzzing,stateful",
     ]  # fmt: skip
     before = process.memory_info().rss
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

@@ -367,6 +367,7 @@ def test_names_come_back_whatever_the_locale(daemon: DaemonFactory) -> None:
     assert not artifacts_folder(lightrun, state["id"]).exists()
 
 
+@pytest.mark.long
 def test_thirty_thousand_files(lightrun: Daemon) -> None:
     script = "mkdir many one; echo > one/7; cd many; i=0; while [ $i -lt 30000 ]; do : > $i; i=$((i + 1)); done"
     began = time.monotonic()

@@ -75,7 +75,7 @@ def told_ms(state: dict[str, Any]) -> float:
 # ---------------------------------------------------------------- Figures
 
 
-@pytest.mark.parametrize(("ms", "loaded"), [(20, False), (20, True), (300, True), (3000, True)])
+@pytest.mark.parametrize(("ms", "loaded"), [(20, False), (20, True), (300, True), (3000, False)])
 def test_cpu_of_one_process(metered: Daemon, ms: int, loaded: bool) -> None:
     with busy() if loaded else contextlib.nullcontext():
         state = metered.run(entrypoint=BURN_ONE % (ms))
@@ -84,7 +84,7 @@ def test_cpu_of_one_process(metered: Daemon, ms: int, loaded: bool) -> None:
     assert told - 10 <= state["usage"]["cpuMs"] <= told * 1.03 + 10 + COLD_MS
 
 
-@pytest.mark.parametrize("ms", [300, 3000])
+@pytest.mark.parametrize("ms", [300, pytest.param(3000, marks=pytest.mark.long)])
 def test_cpu_of_children(metered: Daemon, ms: int) -> None:
     """Each starts a shell of its own, which costs some 2 ms beside what it tells."""
     with busy():
@@ -178,8 +178,8 @@ OOM_CHILD = "tail /dev/zero; exit 3"
 
 def test_every_kill_for_want_of_memory_is_told(metered: Daemon) -> None:
     with busy():
-        states = [metered.run(entrypoint=OOM_CHILD, memory="20m") for _ in range(10)]
-    assert [(state["reason"], state.get("oomKilled"), state["exitCode"]) for state in states] == [("oom", True, 3)] * 10
+        states = [metered.run(entrypoint=OOM_CHILD, memory="20m") for _ in range(6)]
+    assert [(state["reason"], state.get("oomKilled"), state["exitCode"]) for state in states] == [("oom", True, 3)] * 6
 
 
 def test_memory_that_suffices_is_no_want(metered: Daemon) -> None:

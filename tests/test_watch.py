@@ -366,7 +366,7 @@ def test_short_runs_six_at_a_time_lose_no_byte(lightrun_tcp: Daemon) -> None:
         return "" if kept == text and run["logs"] == [text] else f"{number}: {len(kept)} of {len(text)} bytes"
 
     with ThreadPoolExecutor(6) as pool:
-        assert not [problem for problem in pool.map(lost, range(60)) if problem]
+        assert not [problem for problem in pool.map(lost, range(36)) if problem]
 
 
 def test_random_bytes_come_back_bit_for_bit(lightrun_tcp: Daemon) -> None:
@@ -424,6 +424,7 @@ def test_a_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     assert watchman.risen < 60 * MIB
 
 
+@pytest.mark.long
 def test_a_polled_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     lightrun.run(entrypoint="true", network="none")
@@ -433,6 +434,7 @@ def test_a_polled_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     assert watchman.risen < 40 * MIB
 
 
+@pytest.mark.long
 def test_slow_followers_of_a_flood_cost_little_memory_and_lose_nothing(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     lightrun.run(entrypoint="true", network="none")
@@ -447,6 +449,7 @@ def test_slow_followers_of_a_flood_cost_little_memory_and_lose_nothing(daemon: D
     assert watchman.risen < 60 * MIB
 
 
+@pytest.mark.long
 def test_a_live_flood_costs_little_memory_and_loses_nothing(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     lightrun.run(entrypoint="true", network="none")

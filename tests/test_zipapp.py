@@ -207,11 +207,13 @@ def test_pip_install_gives_the_command(tmp_path: Path) -> None:
     source.mkdir()
     for name in (*SOURCES, "README.md"):
         shutil.copy(ROOT / name, source)
-    venv.create(environment, with_pip=True)
+    venv.create(environment)
     pip: list[str | Path] = [
-        environment / "bin/python",
+        sys.executable,
         "-m",
         "pip",
+        "--python",
+        environment / "bin/python",
         "install",
         "-q",
         "--disable-pip-version-check",
