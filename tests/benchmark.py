@@ -43,6 +43,8 @@ except ImportError:  # Not the tests' Python: go on in theirs.
     python = str(Path(sys.path[0], ".venv/bin/python"))
     os.execv(python, [python, *sys.argv])
 
+import psutil
+
 import lightrun
 from engine import DEFAULT_HOST, IMAGE, EngineApi, EngineError, UnixConnection, ensure_engine, ensure_image
 
@@ -409,6 +411,61 @@ def drive(clients: int, runs: int, make: Callable[[contextlib.ExitStack], Callab
     for thread in threads:
         thread.join()
     return time.perf_counter() - began, len(failures)
+
+
+def measure_warm(bench: Bench) -> list[Row]:
+    """Runs in warm containers, of which there are four before each, and what these cost while they wait."""
+    pool = 4
+    warm = bench.daemon("--warm", f"{IMAGE}={pool}")
+
+    def waiting() -> list[str]:
+        found = bench.api.containers(filters={"label": [f"lightrun.state={warm.state_id}"], "status": ["running"]})
+        return [about["Id"] for about in found if about["Command"].startswith(lightrun.SHIM)]
+
+    def run(client: Client, request: Mapping[str, Any]) -> float:
+        until(lambda: len(waiting()) == pool and len(bench.containers(warm.state_id)) == pool, "a pool that is full")
+        time.sleep(0.2)
+        state: dict[str, Any] = {}
+        took = milliseconds(lambda: state.update(client.run(request)))
+        if not state.get("warm"):
+            raise BenchmarkError(f"a run started cold: {state}")
+        return took
+
+    with warm.client() as client, bench.tcp.client() as cold:
+        calls: dict[str, Callable[[], float]] = {
+            "plain": lambda: run(client, PLAIN),
+            "files": lambda: run(client, FILES),
+            "docker run": bench.docker_run,
+            "cold": lambda: bench.run(bench.tcp, cold, FILES),
+        }
+        in_turn(1, calls)
+        took = in_turn(bench.pick(2, 40), calls)
+        until(lambda: len(waiting()) == pool, "a pool that is full")
+        time.sleep(1)
+        figures = [_processes_of(set(waiting()))]
+        time.sleep(10)
+        figures.append(_processes_of(set(waiting())))
+    warm.stop()
+    return [
+        compare("plain run, warm", took["plain"], "docker run --rm", took["docker run"], bar="≤ 0.20"),
+        compare("run with files, warm", took["files"], "docker run --rm", took["docker run"], bar="≤ 0.40"),
+        compare("run with files, warm", took["files"], "cold", took["cold"]),
+        Row(f"memory of {pool} warm containers", figures[1][0], "MB", bar="≤ 40 MB"),
+        Row(f"CPU in 10 s of {pool} warm containers", figures[1][1] - figures[0][1], "ms", bar="≤ 10 ms"),
+    ]
+
+
+def _processes_of(containers: set[str]) -> tuple[float, float]:
+    """MB that only they hold and ms of CPU so far, of all processes of containers and of those that watch over them."""
+    memory, cpu = 0.0, 0.0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "-id" in words and words[words.index("-id") + 1] in containers:
+                for each in [process, *process.children(recursive=True)]:
+                    memory += each.memory_full_info().uss / 1e6
+                    cpu += 1000 * sum(each.cpu_times()[:2])
+    return memory, cpu
 
 
 def measure_throughput(bench: Bench) -> list[Row]:
@@ -803,6 +860,7 @@ def measure_start(bench: Bench) -> list[Row]:
 MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "start": measure_start,
     "runs": measure_runs,
+    "warm": measure_warm,
     "throughput": measure_throughput,
     "own_cost": measure_own_cost,
     "memory": measure_memory,
