@@ -417,26 +417,25 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
     not. `says` is the error for a `pattern`, a `format` or a `not`, where the keyword alone would not tell a person what to
     do."""
     command = {"type": "string", "minLength": 1, "maxLength": 2048}
+    base64_text = {"type": "string", "pattern": _BASE64, "format": "base64", "says": "must be base64 with padding"}
+    encoded = {"type": "object", "required": ["base64"], "additionalProperties": False, "properties": {"base64": base64_text}}
+    content = {"anyOf": [{"type": "string"}, encoded]}
     fields: dict[str, dict[str, Any]] = {
         "image": {
             "type": "string", "minLength": 1, "maxLength": 300, "pattern": _REFERENCE,
             "says": "must be an image reference such as alpine:3.19", "description": "Image to run.",
         },
         "files": {
-            "type": "object", "minProperties": 1, "maxProperties": 10_000,
+            "type": "object", "maxProperties": 10_000,
             "propertyNames": {
                 "minLength": 1, "maxLength": 1024, "pattern": _SEGMENTS, "format": "file-path",
                 "says": "must be a relative path without empty, . or .. segments and backslashes, each of 255 bytes at most",
             },
-            "additionalProperties": {"anyOf": [
-                {"type": "string"},
-                {"type": "object", "required": ["base64"], "additionalProperties": False, "properties": {
-                    "base64": {"type": "string", "pattern": _BASE64, "format": "base64", "says": "must be base64 with padding"}}},
-            ]},
+            "additionalProperties": content,
             "description": "Files put into the workdir before the start: path to text, or to {\"base64\": …}.",
         },
         "setup": {
-            "type": "array", "minItems": 1, "maxItems": 50, "items": command,
+            "type": "array", "maxItems": 50, "items": command,
             "description": "Shell commands run in the entrypoint's shell before it; the first that fails ends the run.",
         },
         "entrypoint": {
@@ -445,7 +444,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "A string runs as sh -c, an array without a shell. Absent: the image's own command.",
         },
         "input": {"description": "Any JSON value; its text is the container's stdin."},
-        "stdin": {"type": "string", "description": "Raw text for the container's stdin."},
+        "stdin": {**content, "description": "Text, or bytes as {\"base64\": …}, for the container's stdin."},
         "env": {
             "type": "object", "maxProperties": 1000,
             "propertyNames": {"pattern": _ENV_NAME, "says": "must be letters, digits and _, not beginning with a digit"},
@@ -457,12 +456,12 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "Working directory, made when missing.",
         },
         "network": {
-            "type": "string", "minLength": 1, "maxLength": 100, "pattern": r"^[a-zA-Z0-9][a-zA-Z0-9_.-]*$", "format": "network",
+            "type": "string", "maxLength": 100, "pattern": r"^(?:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?$", "format": "network",
             "says": "must be none or the name of a network; host, container:… and ns:… are always refused",
-            "description": "Absent: the isolated bridge. none: no network. Else a network that --allow-network names.",
+            "description": "Absent or empty: the isolated bridge. none: no network. Else a network that --allow-network names.",
         },
         "timeout": {
-            "type": "integer", "minimum": 1, "maximum": 3_600_000, "default": 1_200_000,
+            "type": "integer", "minimum": 1, "maximum": 3_600_000, "default": 1_200_000, "unit": "milliseconds",
             "description": "Wall time of the container in ms, from its start.",
         },
         "memory": _size_field(MIN_MEMORY_BYTES, settings.memory, "memory", "Memory, as bytes or 256m."),
@@ -470,7 +469,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
         "pids": {"type": "integer", "minimum": MIN_PIDS, "maximum": settings.pids, "description": "Processes and threads."},
         "fileSize": _size_field(0, _most_file_size(settings), "file-size", "Largest file that a program may write."),
         "cpuTime": {
-            **({"type": "integer", "minimum": 1, "maximum": 3_600_000} if metered else {"not": {}}),
+            **({"type": "integer", "minimum": 1, "maximum": 3_600_000, "unit": "milliseconds"} if metered else {"not": {}}),
             "says": "cannot be kept to here: lightrun does not see the cgroups of its engine",
             "description": "CPU time in ms of all processes, user and system, after which the run is killed.",
         },
@@ -480,7 +479,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
         },
         "splitLogs": {"type": "boolean", "default": False, "description": "The state has stdout and stderr in place of logs."},
         "extract": {
-            "type": "array", "minItems": 1, "maxItems": 20,
+            "type": "array", "maxItems": 20,
             "items": {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
                       "says": "must be a path without .. segments"},
             "description": "Container paths to keep after the exit, absolute or relative to the workdir.",
@@ -576,7 +575,7 @@ class Schema:
             else:
                 yield path, "must be of type " + " or ".join(choice["type"] for choice in schema["anyOf"])
         elif "type" in schema and not _is(value, schema["type"]):
-            yield path, f"must be of type {schema['type']}"
+            yield path, f"must be of type {schema['type']}" + (f", in {schema['unit']}" if "unit" in schema else "")
         elif isinstance(value, str):
             yield from ((path, message) for message in self._text(value, schema))
         elif isinstance(value, dict) and "type" in schema:
@@ -626,7 +625,7 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
 
     sound = {name: value for name, value in body.items() if name not in bad}
     entrypoint, setup, files = sound.get("entrypoint"), sound.get("setup", []), sound.get("files", {})
-    if "setup" in body and not isinstance(body.get("entrypoint"), str):
+    if body.get("setup") and not isinstance(body.get("entrypoint"), str):
         yield problem("needs an entrypoint that is a string", "setup")
     elif isinstance(entrypoint, str) and len(shell_script(setup, entrypoint).encode()) > MAX_ARGUMENT_BYTES:
         yield problem(f"is, with entrypoint and shell quoting, over {MAX_ARGUMENT_BYTES} bytes", "setup")
@@ -675,6 +674,30 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError("is not UTF-8") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
+
+
+class _Number(float):
+    """A number, and how it was written: a float has not room for every one."""
+
+    def __new__(cls, text: str) -> _Number:
+        number = super().__new__(cls, 0)
+        number.text = text
+        return number
+
+    text: str
+
+
+def as_written(raw: bytes, name: str) -> str:
+    """The JSON text of a member of an object that is known to be good, with its numbers as they stand there."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return value.text if isinstance(value, _Number) else json.dumps(value, ensure_ascii=False)
+
+    return text(json.loads(raw, parse_int=_Number, parse_float=_Number)[name])
 
 
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
@@ -784,16 +807,16 @@ class RunRequest:
         entrypoint = body.get("entrypoint")
         if isinstance(entrypoint, str):
             entrypoint = ["sh", "-c", shell_script(body.get("setup", []), entrypoint)]
-        stdin = json.dumps(body["input"], ensure_ascii=False) if "input" in body else body.get("stdin")
+        stdin = as_written(raw, "input") if "input" in body else body.get("stdin")
         request = cls(
             image=body["image"],
             reference=normalise_image(body["image"]),
             files={path: _content(value) for path, value in body.get("files", {}).items()},
             command=entrypoint,
-            stdin=None if stdin is None else stdin.encode(),
+            stdin=None if stdin is None else _content(stdin),
             env=body.get("env", {}),
             workdir=clean_path(body.get("workdir", "/app")),
-            network=body.get("network"),
+            network=body.get("network") or None,
             timeout=body.get("timeout", 1_200_000) / 1000,
             memory=_size(body.get("memory", settings.memory)),
             cpus=body.get("cpus", settings.cpus),
@@ -4746,6 +4769,10 @@ class Runner:
             if job.run.started is not None:
                 job.run.started = max(job.run.created, min(job.run.started, job.now() - job.ran / 1000))
         frames = job.log.frames()
+        if job.request.extract and "extracted" not in ending:
+            why = f"exit code {ending['exit_code']}" if ending["reason"] in {"exited", "stopped"} else ending["reason"]
+            why += ", and extractOn is success" if ending["reason"] in EXTRACTED else ""
+            ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path in job.request.extract]
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
         )
@@ -5101,8 +5128,8 @@ _HEAD = {
 ANSWERS = {
     "Run": _object(
         _HEAD_REQUIRED, **_HEAD, logs=_list(_TEXT), stdout=_TEXT, stderr=_TEXT, artifacts={"$ref": REFERENCE + "Artifacts"},
-        extracted=_list(_object("from status", **{"from": _TEXT}, status={"enum": ["ok", "missing", "error"]}, bytes=_COUNT,
-                                skipped=_COUNT, message=_TEXT)),
+        extracted=_list(_object("from status", **{"from": _TEXT}, status={"enum": ["ok", "missing", "error", "skipped"]},
+                                bytes=_COUNT, skipped=_COUNT, message=_TEXT)),
     ),
     "Runs": _list(_object(_HEAD_REQUIRED, **_HEAD)),
     "Artifact": _object("path bytes type", path=_TEXT, bytes=_COUNT, type={"enum": ["file", "directory"]}, mode=_TEXT),
@@ -5470,8 +5497,8 @@ def printable(text: str) -> str:
 class Gate:
     """What is judged as soon as a request's headers are complete."""
 
-    def __init__(self, tokens: Iterable[str], check_host: bool) -> None:
-        self._check_host = check_host
+    def __init__(self, tokens: Iterable[str], check_host: bool, check_origin: bool) -> None:
+        self._check_host, self._check_origin = check_host, check_origin
         self.closing = False  # then every answer is the last one of its connection
         self.take(tokens)
 
@@ -5479,13 +5506,16 @@ class Gate:
         """Know these tokens, and no others, from now on."""
         self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
 
-    def judge(self, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
+    def judge(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
         """Status, body and headers of a refusal. `headers` as WSGI names them, their bytes as latin-1."""
         if self._digests and path != "/health" and not self._knows(headers.get("AUTHORIZATION", "")):
             message = "needs Authorization: Bearer <token>"
             return 401, {"error": "unauthorized", "message": message}, {"WWW-Authenticate": "Bearer"}
         if self._check_host and not is_loopback_host(headers.get("HOST", "")):
             return 403, {"error": "forbidden", "message": "Host must name this machine; set a token to serve others"}, {}
+        foreign = "ORIGIN" in headers or headers.get("SEC_FETCH_SITE", "none") not in {"same-origin", "none"}
+        if self._check_origin and method in {"POST", "DELETE"} and foreign:  # a page's form needs nobody's leave to post
+            return 403, {"error": "forbidden", "message": "a web page may not do that; set a token to allow it"}, {}
         return None
 
     def _knows(self, authorization: str) -> bool:
@@ -5542,7 +5572,9 @@ def _parser_class(gate: Gate) -> type:
         def error(self, error: Any) -> None:
             if error is not None and not isinstance(error, JsonError):
                 codes = {400: "bad_request", 413: "too_large", 431: "headers_too_large", 501: "not_implemented"}
-                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code)}, {})
+                limit = self.adj.max_request_body_size - 1
+                more = {"message": f"the body has more than {limit} bytes, which is --body-limit"} if error.code == 413 else {}
+                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, {})
             self._error = error
             self.expect_continue = False  # no "100 Continue" before a refusal
 
@@ -5559,7 +5591,7 @@ def _parser_class(gate: Gate) -> type:
             if self.headers_finished and not self._judged and not self.empty:
                 self._judged = True
                 malformed = self.error and self.error.code != 413
-                if not malformed and (refusal := gate.judge(self.path, self.headers)):
+                if not malformed and (refusal := gate.judge(str(self.command), self.path, self.headers)):
                     self.error, self.completed = JsonError(*refusal), True
                 if self.error:
                     log.info("refused %s: %d", printable(self.path), self.error.code)
@@ -5803,7 +5835,7 @@ class Daemon:
             self._runner = Runner(settings, self._store, self._engine, evictor, callbacks)
             local = self._socket.family == socket.AF_UNIX
             loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
-            self._gate = Gate(tokens, check_host=not tokens and loopback and not local)
+            self._gate = Gate(tokens, check_host=not tokens and loopback and not local, check_origin=not tokens and not local)
             self._api = Api(settings, self._store, self._engine, self._runner, evictor)
             self._server = Server(settings, self._socket, self._api, self._gate)
             self._store.tidy(settings.artifacts_root())

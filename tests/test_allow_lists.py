@@ -207,7 +207,7 @@ def test_networks_that_the_list_does_not_name(
     "network",
     [
         "host", "default", "container:x", "Container:x", "container:", "ns:/proc/1/ns/net", "NS:/x", "host ", " host", "host\n",
-        "host\0", "host\u200b", "\uff48\uff4f\uff53\uff54", "none ", "none\n", "", NAME + "-a ",
+        "host\0", "host\u200b", "\uff48\uff4f\uff53\uff54", "none ", "none\n", NAME + "-a ",
         NAME + "-a\n", "\t" + NAME + "-a", NAME + "-*",
         NAME + "-a/../host", NAME + "-a,host", "-" + NAME, "service:x", "name=host", "host:x", "pasta:--map-gw",
     ],

@@ -32,7 +32,7 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 @pytest.fixture(scope="module")
 def api(module_daemon: DaemonFactory) -> Daemon:
     """A daemon with its defaults."""
-    return module_daemon().offline()
+    return module_daemon()
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def small(module_daemon: DaemonFactory) -> Daemon:
     return module_daemon(
         "--max-concurrent", "1", "--queue", "1", "--log-limit", "1k", "--extract-limit", "1000", "--body-limit", "64k",
         "--memory", "64m", "--cpus", "0.5", "--pids", "50", "--allow-image", "docker.io/lightrun/*",
-    ).offline()  # fmt: skip
+    )  # fmt: skip
 
 
 def get(daemon: Daemon, path: str, **headers: str) -> Response:
@@ -330,7 +330,8 @@ def test_cancel_of_a_running_container(api: Daemon) -> None:
     state = api.wait(run, 10)
     assert (state["status"], state["reason"], state["exitCode"], state["logs"]) == ("cancelled", "cancelled", 137, ["begun"])
     assert state["error"]
-    assert not state.keys() & {"artifacts", "extracted"}
+    assert "artifacts" not in state
+    assert state["extracted"] == [{"from": "/etc/passwd", "status": "skipped", "message": "cancelled"}]
     assert is_error(post(api, f"/runs/{run}/cancel"), 409, "not_running")
 
 
@@ -565,7 +566,7 @@ def test_json_may_be_called_so_in_many_ways(api: Daemon, kind: str) -> None:
         b'{"image": "x", "image": "x"}', b'{"image": "x", "timeout": true}', b'{"image": "x", "timeout": NaN}',
         b'{"image": "x", "cpus": 1e999}', b'{"image": "x", "stdin": "\\u0000"}', b'{"image": "x", "stdin": "\\ud800"}',
         b'{"image": "x", "files": {"../x": ""}}', b'{"image": "x", "files": {"a": "", "a/b": ""}}',
-        b'{"image": "x", "files": {}}',
+        b'{"image": "x", "files": {"": ""}}',
         b'{"image": "x", "setup": ["x"]}', b'{"image": "x", "workdir": "/proc/x"}', b'{"image": "x", "network": "host"}',
         b'{"image": "x", "memory": "1g"}', b'{"image": "x", "cpus": 2}', b'{"image": "x", "pids": 101}',
         b'{"image": "x", "env": {"A B": ""}}', b'{"image": "x", "extract": [".."]}', b'{"image": "x", "callbackUrl": "http://x"}',
@@ -754,7 +755,7 @@ def test_extract_on_exit(api: Daemon, entrypoint: str, more: dict[str, Any], rea
 
 def test_nothing_is_extracted_after_a_failure(api: Daemon) -> None:
     state = api.run(entrypoint="echo x > f; exit 1", extract=["f"])
-    assert not state.keys() & {"extracted", "artifacts"}
+    assert "artifacts" not in state
     assert get(api, f"/runs/{state['id']}/artifacts").json() == []
     assert not (api.state_dir / "artifacts" / state["id"]).exists()
 
@@ -963,3 +964,34 @@ def test_pull_always(daemon: DaemonFactory, registry: Registry, engine: docker.A
     state = api.run(image=image, entrypoint="id -u")
     assert (state["logs"], state["imageId"]) == (["1000"], image_id(uid_image))
     assert api.run(entrypoint="true")["reason"] == "pull_failed"  # no registry has it
+
+
+# ---------------------------------------------------------------- Web pages
+
+
+@pytest.mark.parametrize(
+    "header", ["Origin: null", "Origin: http://localhost:3000", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site"]
+)
+@pytest.mark.parametrize("method", ["POST /run", "DELETE /runs/x", "POST /runs/x/cancel"])
+def test_a_page_cannot_post_to_an_open_daemon(api: Daemon, header: str, method: str) -> None:
+    head = f"{method} HTTP/1.1\r\nHost: localhost\r\n{header}\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
+    assert is_error(raw(api, head.encode()), 403, "forbidden")
+
+
+def test_who_is_no_page_may_post(api: Daemon, guarded: Daemon) -> None:
+    ours = {"Content-Type": "application/json", "Sec-Fetch-Site": "same-origin"}
+    assert is_error(api.request("POST", "/run", body=b"{}", headers=ours), 400, "bad_request")
+    assert api.request("GET", "/runs", headers={"Origin": "http://elsewhere"}).status == 200
+    foreign = {"Content-Type": "application/json", "Origin": "http://elsewhere", "Authorization": "Bearer first-token"}
+    assert is_error(guarded.request("POST", "/run", body=b"{}", headers=foreign), 400, "bad_request")
+
+
+def test_what_was_not_tried_to_keep_is_told(api: Daemon) -> None:
+    failed = api.run(entrypoint="echo x > x; exit 3", extract=["x", "y"])
+    assert failed["extracted"] == [
+        {"from": path, "status": "skipped", "message": "exit code 3, and extractOn is success"} for path in ("x", "y")
+    ]
+    late = api.run(entrypoint="sleep 60", extract=["x"], timeout=500)
+    assert late["extracted"] == [{"from": "x", "status": "skipped", "message": "timeout, and extractOn is success"}]
+    absent = api.run(image="lightrun/nosuch", extract=["x"])
+    assert absent["extracted"] == [{"from": "x", "status": "skipped", "message": absent["reason"]}]

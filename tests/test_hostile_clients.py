@@ -333,7 +333,8 @@ def test_sound_chunks(lightrun_open: Daemon, chunks: bytes) -> None:
 @pytest.mark.parametrize("size", [b"ffffffffffffffffffffffff", b"%x" % (BODY_LIMIT + 1)])
 def test_a_chunked_body_that_passes_the_limit(lightrun_open: Daemon, size: bytes) -> None:
     raw = post(size + b"\r\n" + b" " * (BODY_LIMIT + 1000), b"Transfer-Encoding: chunked")
-    assert exchange(lightrun_open, raw).json() == {"error": "too_large"}
+    said = f"the body has more than {BODY_LIMIT} bytes, which is --body-limit"
+    assert exchange(lightrun_open, raw).json() == {"error": "too_large", "message": said}
 
 
 def test_endless_chunk_headers_and_trailers_end(lightrun_open: Daemon) -> None:

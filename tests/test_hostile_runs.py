@@ -33,7 +33,7 @@ MakeImage = Callable[..., str]
 @pytest.fixture(scope="module")
 def lightrun(module_daemon: DaemonFactory) -> Daemon:
     """A daemon whose runs may have 50 processes."""
-    return module_daemon("--pids", "50").offline()
+    return module_daemon("--pids", "50")
 
 
 @pytest.fixture

@@ -472,7 +472,7 @@ ACTIONS = {"cancelled": "cancel", "stopped": "stop"}
 )  # fmt: skip
 def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dict[str, Any], reason: str) -> None:
     """What the engine was told to kill for is known, though not by us."""
-    lightrun = daemon(env={"LIGHTRUN_TRAP": "Engine.kill after 1"}).offline()
+    lightrun = daemon(env={"LIGHTRUN_TRAP": "Engine.kill after 1"})
     run = lightrun.detach(entrypoint=ENDLESS, **fields)
     if not fields:
         started(lightrun, run)

@@ -22,7 +22,7 @@ OPERATORS_NETWORK = "lightrun-test-network"
 @pytest.fixture(scope="module")
 def lightrun(module_daemon: DaemonFactory) -> Daemon:
     """A daemon whose operator allows every network."""
-    return module_daemon("--allow-network", "*")
+    return module_daemon("--allow-network", "*").online()
 
 
 def lines(daemon: Daemon, script: str, **fields: Any) -> list[str]:

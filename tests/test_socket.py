@@ -208,7 +208,7 @@ def test_a_signal_ends_it_with_code_0(daemon: DaemonFactory, number: signal.Sign
 def test_two_daemons_share_the_network(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     with contextlib.suppress(docker.errors.APIError):  # in use by somebody else's run: then it is shared already
         engine.remove_network(NETWORK)
-    daemons = [daemon(), daemon()]
+    daemons = [daemon().online(), daemon().online()]
     with ThreadPoolExecutor() as pool:
         states = list(pool.map(lambda each: each.run(entrypoint="ls /sys/class/net"), daemons * 2))
     assert [state["logs"] for state in states] == [["eth0", "lo"]] * 4, [state.get("error") for state in states]

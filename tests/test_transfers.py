@@ -65,7 +65,7 @@ def build(api: EngineApi, *members: Member, user: str = "root") -> str:
 @pytest.fixture(scope="module")
 def lightrun(module_daemon: DaemonFactory) -> Daemon:
     """A daemon with a small limit of what a run may keep."""
-    return module_daemon("--extract-limit", str(LIMIT)).offline()
+    return module_daemon("--extract-limit", str(LIMIT))
 
 
 def artifacts_folder(daemon: Daemon, run: str) -> Path:

@@ -50,7 +50,7 @@ BURN_ORPHAN = r"""
 @pytest.fixture(scope="module")
 def metered(module_daemon: DaemonFactory) -> Daemon:
     """A daemon whose runs have no network."""
-    daemon = module_daemon("--max-concurrent", "4").offline()
+    daemon = module_daemon("--max-concurrent", "4")
     assert daemon.request("GET", "/health").json()["usage"] is True
     return daemon
 
@@ -148,7 +148,7 @@ def test_runs_that_are_killed_have_it_too(metered: Daemon) -> None:
 
 
 def test_an_adopted_run_is_counted_from_its_start(daemon: DaemonFactory) -> None:
-    daemon_ = daemon().offline()
+    daemon_ = daemon()
     run = daemon_.detach(entrypoint=BURN_ONE % (400) + "; sleep 3; " + BURN_ONE % (800))
     daemon_.wait_for(run, lambda state: state["logs"])
     daemon_.kill()
@@ -162,7 +162,7 @@ def test_an_adopted_run_is_counted_from_its_start(daemon: DaemonFactory) -> None
 
 
 def test_adopted_runs_keep_their_limit_of_cpu(daemon: DaemonFactory) -> None:
-    daemon_ = daemon().offline()
+    daemon_ = daemon()
     run = daemon_.detach(entrypoint="echo begun; sleep 2; while :; do :; done", cpuTime=700)
     daemon_.wait_for(run, lambda state: state["logs"])
     daemon_.kill()
@@ -194,7 +194,7 @@ def test_memory_that_suffices_is_no_want(metered: Daemon) -> None:
 
 @pytest.mark.parametrize(("cpus", "loops"), [(1, 1), (0.5, 1), (2, 3)])
 def test_cpu_time_is_kept_to(daemon: DaemonFactory, cpus: float, loops: int) -> None:
-    lightrun_ = daemon("--cpus", "2").offline()
+    lightrun_ = daemon("--cpus", "2")
     burn = "while :; do :; done & " * (loops - 1) + "echo begun; while :; do :; done"
     state = lightrun_.run(entrypoint=burn, cpuTime=600, cpus=cpus)
     assert (state["status"], state["reason"], state["exitCode"]) == ("failed", "cpu_limit", 137)
@@ -227,7 +227,7 @@ def test_openapi_tells_that_it_can_be_had(metered: Daemon) -> None:
 
 def test_a_remote_engine_has_no_figures(daemon: DaemonFactory) -> None:
     with contextlib.closing(Relay(socket.create_server(("127.0.0.1", 0)))) as relay:
-        remote = daemon("--docker-host", relay.url).offline()
+        remote = daemon("--docker-host", relay.url)
         state = remote.run(entrypoint=OOM_CHILD, memory="20m")
         assert "usage" not in state
         assert "usage" not in remote.request("GET", "/health").json()
@@ -281,7 +281,7 @@ def slots(state_id: str) -> set[str]:
 
 
 def test_nothing_is_left_but_the_slots(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon("--max-concurrent", "3").offline()
+    lightrun_ = daemon("--max-concurrent", "3")
     state_id = state_of(lightrun_)
     runs = [lightrun_.detach(entrypoint="true") for _ in range(12)]
     for run in runs:
@@ -299,7 +299,7 @@ def test_nothing_is_left_but_the_slots(daemon: DaemonFactory) -> None:
 
 
 def test_a_slot_waits_for_the_run_in_it(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon().offline()
+    lightrun_ = daemon()
     run = lightrun_.detach(entrypoint=BURN_ONE % (300) + "; sleep 2")
     lightrun_.wait_for(run, lambda state: state["logs"])
     lightrun_.stop()
@@ -353,7 +353,7 @@ def test_followers_get_what_the_limit_allows(metered: Daemon) -> None:
 
 
 def test_a_limit_of_output_survives_a_kill(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon().offline()
+    lightrun_ = daemon()
     run = lightrun_.detach(entrypoint="echo begun; sleep 3; while :; do echo 0123456789; done", outputLimit=1000)
     lightrun_.wait_for(run, lambda state: state["logs"])
     lightrun_.kill()
@@ -387,7 +387,7 @@ def test_split_logs(metered: Daemon) -> None:
 
 
 def test_a_file_over_its_size(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon("--file-size", "2m").offline()
+    lightrun_ = daemon("--file-size", "2m")
     write = "dd if=/dev/zero of=big bs=1M count={}"
     assert lightrun_.run(entrypoint=write.format(2))["exitCode"] == 0
     assert lightrun_.run(entrypoint=write.format(3))["exitCode"] == 153  # 128 and SIGXFSZ

@@ -110,8 +110,8 @@ def pair(
     """A daemon whose runs start cold, and one that has a warm container of each image."""
     images = (uid_image, user_image, command_image, volume_image, static_image)
     pools = [argument for image in images for argument in ("--warm", f"{image}=1/none")]
-    warm = module_daemon("--warm", f"{IMAGE}=2/none", *pools).offline()
-    return module_daemon().offline(), warm
+    warm = module_daemon("--warm", f"{IMAGE}=2/none", *pools)
+    return module_daemon(), warm
 
 
 def waiting(daemon: Daemon) -> list[dict[str, Any]]:
@@ -301,7 +301,7 @@ def test_which_runs_start_cold(pair: tuple[Daemon, Daemon], uid_image: str) -> N
 
 
 def test_pools_fill_and_leave_nothing(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon("--warm", f"{IMAGE}=3/none").offline()
+    lightrun_ = daemon("--warm", f"{IMAGE}=3/none")
     assert eventually(lambda: len(waiting(lightrun_)) == 3, 60)
     runs = [run_warm(lightrun_, entrypoint=f"echo {number}")["logs"] for number in range(6)]
     assert runs == [[str(number)] for number in range(6)]
@@ -311,7 +311,7 @@ def test_pools_fill_and_leave_nothing(daemon: DaemonFactory) -> None:
 
 
 def test_a_kill_leaves_nothing(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon("--warm", f"{IMAGE}=2/none").offline()
+    lightrun_ = daemon("--warm", f"{IMAGE}=2/none")
     assert eventually(lambda: len(waiting(lightrun_)) == 2, 60)
     with ThreadPoolExecutor() as pool:
         cut = pool.submit(
@@ -332,7 +332,7 @@ def test_a_kill_leaves_nothing(daemon: DaemonFactory) -> None:
 def test_an_image_that_changes(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     engine.tag(IMAGE, "lightrun/changing", "1")
     try:
-        lightrun_ = daemon("--warm", "lightrun/changing:1=1/none").offline()
+        lightrun_ = daemon("--warm", "lightrun/changing:1=1/none")
         before = run_warm(lightrun_, image="lightrun/changing:1", entrypoint="true")
         make_image(EngineApi(), "lightrun/changing:1", "ENV NEW=1")
         after = lightrun_.run(image="lightrun/changing:1", entrypoint="echo $NEW")
@@ -345,7 +345,7 @@ def test_an_image_that_changes(daemon: DaemonFactory, engine: docker.APIClient) 
 
 def test_a_missing_image_is_pulled(daemon: DaemonFactory, registry: Registry) -> None:
     image = registry.push(IMAGE, "warm/image:1")
-    lightrun_ = daemon("--warm", f"{image}=1/none").offline()
+    lightrun_ = daemon("--warm", f"{image}=1/none")
     assert run_warm_when_there(lightrun_, image)["logs"] == ["x"]
     lightrun_.stop()
 
@@ -357,7 +357,7 @@ def run_warm_when_there(daemon: Daemon, image: str) -> dict[str, Any]:
 
 
 def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
-    lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never").offline()
+    lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never")
     assert eventually(lambda: "no warm container of docker.io/lightrun/nosuch:latest" in lightrun_.log())
     assert run_warm(lightrun_, entrypoint="echo x")["logs"] == ["x"]
     lightrun_.stop()
@@ -365,7 +365,7 @@ def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
 
 def test_a_restarted_engine(daemon: DaemonFactory) -> None:
     with PrivateEngine() as private:
-        lightrun_ = daemon("--docker-host", private.host, "--warm", f"{IMAGE}=2/none").offline()
+        lightrun_ = daemon("--docker-host", private.host, "--warm", f"{IMAGE}=2/none")
         assert eventually(lambda: lightrun_.run(entrypoint="true").get("warm"), 60, 0.5)
         private.stop()
         private.start()
@@ -376,7 +376,7 @@ def test_a_restarted_engine(daemon: DaemonFactory) -> None:
 
 def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     """It is not handed out, and replaced."""
-    lightrun_ = daemon("--warm", f"{IMAGE}=1/none").offline()
+    lightrun_ = daemon("--warm", f"{IMAGE}=1/none")
     run_warm(lightrun_, entrypoint="true")
     [entry] = eventually(lambda: waiting(lightrun_), 60)
     time.sleep(0.5)
@@ -388,7 +388,7 @@ def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.
 
 def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
     """The shim gives up, nothing has run, and the engine says what is wrong."""
-    lightrun_ = daemon("--warm", f"{IMAGE}=1/none").offline()
+    lightrun_ = daemon("--warm", f"{IMAGE}=1/none")
     assert eventually(lambda: waiting(lightrun_), 60)
     time.sleep(0.5)
     state = lightrun_.run(entrypoint="echo x", workdir="/etc/passwd/below")
@@ -399,7 +399,7 @@ def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
 
 def test_many_at_once(daemon: DaemonFactory, receiver: Receiver) -> None:
     """More runs than warm containers, some that leave: each has its own output."""
-    lightrun_ = daemon("--warm", f"{IMAGE}=3/none", "--max-concurrent", "4").offline()
+    lightrun_ = daemon("--warm", f"{IMAGE}=3/none", "--max-concurrent", "4")
     assert eventually(lambda: len(waiting(lightrun_)) == 3, 60)
     lock, warm = threading.Lock(), []
 
