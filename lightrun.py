@@ -7,10 +7,11 @@ The life of a run, from `POST /run` to its last trace:
     accept    the body is checked against one table (Requests), a place is taken (Places), the run is on disk (Store)
     queue     until one of `--max-concurrent` workers is free
     pull      when the image is missing; concurrent runs share one pull
-    create    one container with every hardening, labelled with the state dir and the run
+    create    one container with every hardening, labelled with the state dir and the run, below a cgroup that counts (Usage)
     put       the files, as one plain tar built here (Artifacts), before anything in the container has run
     attach    one stream that carries stdout and stderr, opened before the start so that no byte is missed
     start     recorded first; then the command runs, and stdin is fed from a thread of its own
+              (these four are done already in a warm container, to which the run is only handed out: Warm)
     read      to the end of the stream, of the engine's copy of it and of the container, which is looked at now and then; a
               deadline, a cancel or a stop only sends a signal in between
     extract   the paths the client asked for come back as a tar of which only checked files and folders are kept
@@ -24,7 +25,7 @@ enters the same line.
 
 Threads: the server's loop; its handlers (waitress), of which a fixed number may wait; one worker for each run that holds
 a place, plus one while stdin is fed and one for each image being pulled; the keeper, which watches an absent engine and
-sweeps what could not be removed; deliveries of callbacks; the writer of the log. Each lock stands where it is made, beside
+sweeps what could not be removed; the maker of warm containers; deliveries of callbacks; the writer of the log. Each lock stands where it is made, beside
 the names of what it guards.
 """
 
