@@ -25,8 +25,8 @@ enters the same line.
 
 Threads: the server's loop; its handlers (waitress), of which a fixed number may wait; one worker for each run that holds
 a place, plus one while stdin is fed and one for each image being pulled; the keeper, which watches an absent engine and
-sweeps what could not be removed; the maker of warm containers; deliveries of callbacks; the writer of the log. Each lock stands where it is made, beside
-the names of what it guards.
+sweeps what could not be removed; the maker of warm containers; deliveries of callbacks; the writer of the log. Each lock
+stands where it is made, beside the names of what it guards.
 """
 
 from __future__ import annotations
@@ -3307,6 +3307,8 @@ class Pools:
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
         warm.output.close()
+        if warm.slot:
+            warm.slot.end()
         try:
             self._engine.remove(warm.container)
         except EngineError as error:
@@ -4264,6 +4266,8 @@ class Runner:
         except Exception:
             log.exception("run %s", job.run.id)
             self._record(job, {"reason": "engine_error", "error": "lightrun failed; its log says how"})
+        if job.slot:
+            job.slot.end()
         try:
             self._engine.remove(job.container)
         except EngineError as error:
@@ -4383,18 +4387,8 @@ class Runner:
         self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
         if warm.slot:
             warm.slot.started()
-        warm.output.wire.patience = job.patience
-        sent, late = job.now(), time.monotonic() + ENGINE_SECONDS
-        whole = self.pools.hand_out(warm, job.request)
-        job.log.hide(len(HANDED_OUT))
-        job.hear(Hearing.LIVE, warm.output)
-        while whole and job.log.hidden:
-            job.patience.heard()
-            job.check()
-            data = warm.output.next(job.patience.wake, late - time.monotonic())
-            whole = data != b"" and time.monotonic() < late
-            job.log.feed(data or b"")
-        if not whole:
+        sent = job.now()
+        if not self._became(job, warm):
             if not self._is_untouched(warm, engine):
                 raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
             job.hear(Hearing.NOTHING)
@@ -4402,8 +4396,6 @@ class Runner:
             self.pools.discard(warm)
             job.warm, job.container, job.slot = None, container_name(job.run.id), None
             return False
-        warm.output.wire.patience = None
-        warm.output.streamed(math.inf)
         job.begun = job.touched = job.run.warm = True
         job.run.started = job.now()
         job.starting = sent, job.run.started
@@ -4413,6 +4405,27 @@ class Runner:
         job.stdin = None if job.request.stdin is None else warm.output
         self._feed(job)
         return True
+
+    def _became(self, job: Job, warm: Warm) -> bool:
+        """Send a run to a warm container, and wait for the word that all was done up to its program."""
+        wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
+        wire.patience = job.patience
+        whole = self.pools.hand_out(warm, job.request)
+        job.log.hide(len(HANDED_OUT))
+        job.hear(Hearing.LIVE, warm.output)
+        while whole and job.log.hidden:
+            job.patience.heard()
+            job.check()
+            try:
+                data = warm.output.next(job.patience.wake, late - time.monotonic())
+            except EngineError as error:
+                log.warning("run %s: %s", job.run.id, error)
+                return False
+            whole = data != b"" and time.monotonic() < late
+            job.log.feed(data or b"")
+        wire.patience = None
+        wire.stream(math.inf)  # for stdin, which the program may leave waiting
+        return whole
 
     def _is_untouched(self, warm: Warm, engine: Engine) -> bool:
         """Whether a warm container has certainly not become another program: the shim has given up, and printed nothing."""

@@ -33,6 +33,12 @@ class Relay:
         """Hang."""
         self._thawed.clear()
 
+    def drop(self) -> None:
+        """Drop all connections; new ones are taken."""
+        for each in self._open[1:]:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Drop everything."""
         for each in self._open:

@@ -106,7 +106,7 @@ def end(daemon: Daemon, run: str) -> None:
 
 @pytest.mark.alone("compares latencies")
 def test_control_routes_do_not_feel_300_waiting_clients(daemon: DaemonFactory) -> None:
-    lightrun = daemon("--max-concurrent", "1")
+    lightrun = daemon("--max-concurrent", "1", "--max-waiting", "320")
     busy = lightrun.detach(**SLEEP)
     lightrun.wait_for(busy, lambda state: state["logs"])
     latencies(lightrun, busy, 3)
@@ -121,7 +121,7 @@ def test_control_routes_do_not_feel_300_waiting_clients(daemon: DaemonFactory) -
 
 
 def test_every_waiting_client_gets_the_end(daemon: DaemonFactory) -> None:
-    lightrun = daemon()
+    lightrun = daemon("--max-waiting", "320")
     run = lightrun.detach(**SLEEP)
     with connections(lightrun, 300, get(f"/runs/{run}?wait=60000")) as waiting:
         time.sleep(1)
@@ -304,7 +304,7 @@ def test_memory_is_flat_over_many_lists(daemon: DaemonFactory) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("path", ["", "/logs"])
 def test_answers_that_nobody_reads_wait_on_disk(daemon: DaemonFactory, path: str) -> None:
-    lightrun = daemon()
+    lightrun = daemon("--max-waiting", "320")
     run = lightrun.run(entrypoint=f"head -c {MIB} /dev/zero | tr '\\0' x", network="none")["id"]
     whole = lightrun.request("GET", f"/runs/{run}{path}").body
     with connections(lightrun, 20, get(f"/runs/{run}{path}")):

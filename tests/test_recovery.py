@@ -525,4 +525,4 @@ def test_kill_during_eviction(daemon: DaemonFactory, when: str) -> None:
 def test_soak(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     """The short form of tests/soak.py: see there."""
     killed = daemon(*soak.OPTIONS, env=soak.ENVIRONMENT, start=False)
-    soak.Soak(killed, engine, kills=10, seed=time.time_ns()).run()
+    soak.Soak(killed, engine, kills=8, seed=time.time_ns()).run()

@@ -310,6 +310,28 @@ def test_a_slot_waits_for_the_run_in_it(daemon: DaemonFactory) -> None:
     assert told_ms(state) - 10 <= state["usage"]["cpuMs"] <= told_ms(state) * 1.03 + 10 + COLD_MS
 
 
+def test_version_2_counts_cpu() -> None:
+    """The figures of a cgroup of version 2, which this machine's engine does not use, of a process that is put into it."""
+    root = lightrun.cgroup_mounts().get("")
+    if root is None or os.geteuid() != 0:
+        pytest.skip("a hierarchy of cgroup version 2 that may be written to is missing")
+    folder = root / f"lightrun-test-{os.getpid()}"
+    folder.mkdir()
+    try:
+        slot = lightrun.Slot("", folder, folder, {"driver": "cgroupfs", "slot": 0})
+        burn = 'echo $$ > "$1/cgroup.procs"; while read used rest < /proc/$$/schedstat && [ $used -lt 300000000 ]; do :; done'
+        slot.begin()
+        for _ in range(2):  # the second is counted by itself
+            subprocess.run(["sh", "-c", burn, "sh", folder], check=True)
+            assert 290e6 <= (slot.cpu_time() or 0) <= 360e6
+            assert slot.usage().keys() <= {"cpuMs", "memoryPeakBytes"}
+            slot.begin()
+        assert slot.cpu_time() == 0
+        slot.end()
+    finally:
+        folder.rmdir()
+
+
 @pytest.mark.parametrize(
     ("driver", "number", "path"),
     [("cgroupfs", (3,), "lightrun/0123/3"), ("cgroupfs", (), "lightrun/0123"),

@@ -22,6 +22,7 @@ import lightrun
 from conftest import Daemon, DaemonFactory, Receiver, eventually
 from engine import IMAGE, EngineApi, PrivateEngine
 from images import Registry, make_image
+from relay import Relay, unix_socket
 
 COMMAND_IMAGE = "lightrun/busybox-command:latest"
 VOLUME_IMAGE = "lightrun/busybox-warm-volume:latest"
@@ -211,9 +212,15 @@ PROBES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+LONG = {
+    "3 MB of which a line is read", "input as JSON", "a folder for a program", "limit of output", "exit code 255", "signal SEGV",
+}  # fmt: skip
+
+
 def probes() -> Iterator[Any]:
     """Each probe of the plain image, and some of the others."""
-    yield from (pytest.param("", fields, id=name) for name, fields in PROBES.items())
+    for name, fields in PROBES.items():
+        yield pytest.param("", fields, id=name, marks=[pytest.mark.long] if name in LONG else [])
     for image in ("uid_image", "user_image", "volume_image"):
         for name in ("the world", "no program"):
             yield pytest.param(image, PROBES[name], id=f"{name}, {image}")
@@ -384,6 +391,27 @@ def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.
     assert eventually(lambda: not waiting(lightrun_))
     assert lightrun_.run(entrypoint="echo x")["logs"] == ["x"]
     assert run_warm(lightrun_, entrypoint="echo y")["logs"] == ["y"]
+
+
+def test_a_connection_that_breaks(daemon: DaemonFactory, tmp_path: Path) -> None:
+    """The output of a warm run goes on from the engine's copy, without what the shim printed before the program."""
+    with contextlib.closing(Relay(unix_socket(str(tmp_path / "engine")))) as relay:
+        lightrun_ = daemon("--docker-host", relay.url, "--warm", f"{IMAGE}=1/none")
+        fields = {**lightrun_.fields, "entrypoint": "echo one; sleep 2; echo two; exit 3"}
+        run_warm(lightrun_, entrypoint="true")
+        assert eventually(lambda: waiting(lightrun_), 60)
+        time.sleep(2)  # until the pool has it
+        with ThreadPoolExecutor() as pool:
+            answer = pool.submit(lightrun_.run, **fields)
+            run = eventually(lambda: [each["id"] for each in lightrun_.request("GET", "/runs?status=running").json()])[0]
+            lightrun_.wait_for(run, lambda state: state["logs"])
+            relay.drop()
+            state = answer.result()
+        assert (state["warm"], state["reason"], state["exitCode"]) == (True, "exited", 3)
+        assert (state["logs"], state["logsTruncated"]) == (["one", "two"], False)
+        assert lightrun_.request("GET", f"/runs/{run}/logs").body == b"one\ntwo\n"
+        assert run_warm(lightrun_, entrypoint="echo x")["logs"] == ["x"]
+        lightrun_.stop()
 
 
 def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
