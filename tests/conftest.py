@@ -523,6 +523,11 @@ class Daemon:
         for entry in self.containers():
             with contextlib.suppress(docker.errors.NotFound):
                 self._client.remove_container(entry["Id"], v=True, force=True)
+        for root in set(lightrun.cgroup_mounts().values()):  # the slots of one that was killed
+            for state in self._own_ids:
+                for folder in (*(root / "lightrun" / state[:12]).glob("[0-9]*"), root / "lightrun" / state[:12]):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
         shutil.rmtree(self.folder)
 
     def _leaked_containers(self) -> list[str]:
