@@ -4205,6 +4205,10 @@ class Runner:
             return Ask("start_failed", why=f"refused when it was taken up again: {error}")
         return None
 
+    def metered(self) -> bool:
+        """Whether usage can be had, as far as is known; an engine that is away is not asked, and refuses the run anyway."""
+        return not self._keeper.engine_up or self.slots.able()
+
     def job(self, run_id: str) -> Job | None:
         """The run in progress with this id."""
         with self._lock:
@@ -5324,7 +5328,7 @@ class Api:
 
     def openapi(self, call: Call) -> Answer:
         """GET /openapi.json"""
-        return json_answer(openapi(self._settings, self._runner.slots.able()))
+        return json_answer(openapi(self._settings, self._runner.metered()))
 
     def run(self, call: Call) -> Answer:
         """POST /run"""
@@ -5345,7 +5349,7 @@ class Api:
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
         """The accepted run, and whether it is detached; the body, which may be large, is not held longer."""
         raw = call.json_body()
-        request = RunRequest.parse(raw, self._settings, metered=self._runner.slots.able())
+        request = RunRequest.parse(raw, self._settings, metered=self._runner.metered())
         key = call.header("Idempotency-Key", None)
         if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
