@@ -39,6 +39,8 @@ import copy
 import ctypes
 import dataclasses
 import datetime
+import email.message
+import email.parser
 import email.utils
 import enum
 import errno
@@ -49,6 +51,7 @@ import hashlib
 import heapq
 import hmac
 import http.client
+import io
 import ipaddress
 import itertools
 import json
@@ -97,6 +100,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MAX_PROBLEMS = 100  # validation problems told at once; more say nothing new
 MAX_JSON_DEPTH = 100  # levels of nesting in a body; far below Python's recursion limit
 MAX_FOLDERS = 10_000  # that the files of a request need; each is a member of the tar
+MAX_RUN_PART_BYTES = 64 * MIB  # of the JSON that comes with an upload; it is read as a whole
+MAX_PARTS = 10_002  # of an upload: the JSON, a tar, and as many files as the JSON may have
+MAX_PART_HEADER_BYTES = 8 * KIB
 MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
 MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
 MAX_OUTPUT_BYTES = 1 << 50  # the largest outputLimit
@@ -112,7 +118,10 @@ MAX_SETTINGS_BYTES = MIB  # of a file of tokens, of Docker's configuration, of a
 MAX_ARTIFACT_ENTRIES = 50_000  # files and folders one run may keep: each costs an inode and a line of state
 MAX_ARTIFACT_DEPTH = 64  # folders inside each other; what lies deeper is skipped
 MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute ones stay under PATH_MAX
+MAX_KNOWN_IMAGES, MAX_KNOWN_PATHS = 64, 20_000  # of what images have at the paths of requests
 MAX_TAR_HEADER_BYTES = MIB  # of a member's name and attributes
+MAX_TAR_PATH_BYTES = 4000  # of a name in an uploaded tar; with the workdir it stays under PATH_MAX
+MAX_LINKS_FOLLOWED, MAX_LINK_STEPS = 40, 1_000_000  # by one link of a tree; by all of them
 COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; with 1 MiB extraction took twice as long
 
 READ_BYTES = 256 * KIB  # one read of the attach stream
@@ -170,6 +179,7 @@ LOG_FLUSH_SECONDS = 1  # what they get at the end
 M_ARENA_MAX = -8  # of mallopt(3)
 
 JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
+FORM = "multipart/form-data"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -397,6 +407,7 @@ class Settings:
 _SEGMENTS = r"^(?![\s\S]*(?:^|/)\.{0,2}(?:/|$))[^\\\u0000]+$"  # relative, without empty, `.` and `..` segments
 _NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_ARTIFACT = r"^[a-z0-9_-]{36,100}/(?:(?!\.{1,2}(?:/|$))[^/\u0000]+/)*(?:(?!\.{1,2}$)[^/\u0000]+)?$"
 _BASE64 = r"^[A-Za-z0-9+/]*={0,2}$"
 _SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
 _HOST = r"(?:(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]))*"
@@ -418,9 +429,16 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
     not. `says` is the error for a `pattern`, a `format` or a `not`, where the keyword alone would not tell a person what to
     do."""
     command = {"type": "string", "minLength": 1, "maxLength": 2048}
+    path = {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
+            "says": "must be a path without .. segments"}  # fmt: skip
     base64_text = {"type": "string", "pattern": _BASE64, "format": "base64", "says": "must be base64 with padding"}
-    encoded = {"type": "object", "required": ["base64"], "additionalProperties": False, "properties": {"base64": base64_text}}
-    content = {"anyOf": [{"type": "string"}, encoded]}
+    reference = {
+        "type": "string", "minLength": 1, "maxLength": 2200, "pattern": _ARTIFACT,
+        "says": "must be the id of a run, a slash and the path of an artifact of it, or nothing for all of them",
+    }  # fmt: skip
+    elsewhere = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1,
+                 "properties": {"base64": base64_text, "artifact": reference}}  # fmt: skip
+    content = {"anyOf": [{"type": "string"}, elsewhere]}
     fields: dict[str, dict[str, Any]] = {
         "image": {
             "type": "string", "minLength": 1, "maxLength": 300, "pattern": _REFERENCE,
@@ -433,7 +451,8 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
                 "says": "must be a relative path without empty, . or .. segments and backslashes, each of 255 bytes at most",
             },
             "additionalProperties": content,
-            "description": "Files put into the workdir before the start: path to text, or to {\"base64\": …}.",
+            "description": "Files put into the workdir before the start: path to text, to {\"base64\": …}, or to "
+            "{\"artifact\": \"<run id>/<path>\"}, a file or folder that a finished run has kept.",
         },
         "setup": {
             "type": "array", "maxItems": 50, "items": command,
@@ -445,16 +464,16 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "A string runs as sh -c, an array without a shell. Absent: the image's own command.",
         },
         "input": {"description": "Any JSON value; its text is the container's stdin."},
-        "stdin": {**content, "description": "Text, or bytes as {\"base64\": …}, for the container's stdin."},
+        "stdin": {**content, "description": "Text, {\"base64\": …} or {\"artifact\": …} for the container's stdin."},
         "env": {
             "type": "object", "maxProperties": 1000,
             "propertyNames": {"pattern": _ENV_NAME, "says": "must be letters, digits and _, not beginning with a digit"},
             "additionalProperties": {"type": "string"}, "description": "Environment variables.",
         },
         "workdir": {
-            "type": "string", "minLength": 1, "maxLength": 200, "pattern": r"^/", "format": "workdir", "default": "/app",
+            "type": "string", "minLength": 1, "maxLength": 200, "pattern": r"^/", "format": "workdir", "default": DEFAULT_WORKDIR,
             "says": "must be an absolute path other than /, not below /proc, /sys or /dev, without ..",
-            "description": "Working directory, made when missing.",
+            "description": "Working directory, made when missing; the image's own without entrypoint, setup and files.",
         },
         "network": {
             "type": "string", "maxLength": 100, "pattern": r"^(?:[a-zA-Z0-9][a-zA-Z0-9_.-]*)?$", "format": "network",
@@ -481,9 +500,16 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
         "splitLogs": {"type": "boolean", "default": False, "description": "The state has stdout and stderr in place of logs."},
         "extract": {
             "type": "array", "maxItems": 20,
-            "items": {"type": "string", "minLength": 1, "maxLength": 1024, "pattern": _NO_DOTDOT,
-                      "says": "must be a path without .. segments"},
-            "description": "Container paths to keep after the exit, absolute or relative to the workdir.",
+            "items": {"anyOf": [path, {
+                "type": "object", "required": ["from", "to"], "additionalProperties": False,
+                "properties": {"from": path, "to": {
+                    "type": "string", "minLength": 1, "maxLength": 1024, "pattern": _SEGMENTS, "format": "artifact-path",
+                    "says": "must be a relative path without empty, . or .. segments and backslashes, of at most "
+                    f"{MAX_ARTIFACT_DEPTH // 2} segments of 255 bytes",
+                }},
+            }]},
+            "description": "Container paths to keep after the exit, absolute or relative to the workdir; {\"from\", \"to\"} "
+            "keeps a file, or the contents of a folder, under another name.",
         },
         "extractOn": {
             "enum": ["success", "exit"], "type": "string", "default": "success",
@@ -507,6 +533,10 @@ def _most_file_size(settings: Settings) -> int:
     return MAX_FILE_BYTES if settings.file_size is None else settings.file_size
 
 
+def _short_segments(path: str) -> bool:
+    return all(len(segment.encode(errors="replace")) <= 255 for segment in path.split("/"))
+
+
 def _good_workdir(path: str) -> bool:
     clean = clean_path(path)
     return ".." not in path.split("/") and clean != "/" and clean.split("/")[1] not in {"proc", "sys", "dev"}
@@ -527,7 +557,8 @@ def _is_base64(text: str) -> bool:
 def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
     """What `pattern` cannot say, by the name that the schema gives it."""
     return {
-        "file-path": lambda path: all(len(segment.encode(errors="replace")) <= 255 for segment in path.split("/")),
+        "file-path": _short_segments,
+        "artifact-path": lambda path: _short_segments(path) and path.count("/") < MAX_ARTIFACT_DEPTH // 2,
         "workdir": _good_workdir,
         "network": lambda name: name not in {"host", "default"},
         "memory": lambda text: MIN_MEMORY_BYTES <= parse_size(text) <= settings.memory,
@@ -618,12 +649,13 @@ def _count(count: int, schema: dict[str, Any], what: str, unit: str, path: list[
         yield path, f"must have {low} to {high} {unit}"
 
 
+def problem(message: str, *path: Any) -> dict[str, Any]:
+    """What is wrong, and where, as a client is told."""
+    return {"path": list(path), "message": message}
+
+
 def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
     """The rules between fields. They look at the values of fields that are right by themselves, and at all for presence."""
-
-    def problem(message: str, *path: Any) -> dict[str, Any]:
-        return {"path": list(path), "message": message}
-
     sound = {name: value for name, value in body.items() if name not in bad}
     entrypoint, setup, files = sound.get("entrypoint"), sound.get("setup", []), sound.get("files", {})
     if body.get("setup") and not isinstance(body.get("entrypoint"), str):
@@ -641,7 +673,7 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
         yield problem("needs detached", "callbackUrl")
     if "callbackSecret" in body and "callbackUrl" not in body:
         yield problem("needs callbackUrl", "callbackSecret")
-    folders = folders_of(files)
+    folders = folders_of(files, MAX_FOLDERS)
     if len(folders) > MAX_FOLDERS:
         yield problem(f"must not need more than {MAX_FOLDERS} folders", "files")
     yield from (problem("is both a file and a folder", "files", path) for path in files if path in folders)
@@ -723,6 +755,11 @@ def _bad_strings(value: Any, path: list[Any], depth: int = 0) -> Iterator[dict[s
                 yield from _bad_strings(item, path if path == ["input"] else [*path, name], depth + 1)
 
 
+def printable(text: str) -> str:
+    """A client's text for the log, where no character may look like another line."""
+    return "".join(character if character.isprintable() else "?" for character in text[:1024])
+
+
 def clean_path(path: str) -> str:
     """An absolute path without doubled, last or `.` slashes."""
     return "/" + posixpath.normpath(path).lstrip("/")
@@ -734,19 +771,31 @@ def parent_folders(path: str) -> Iterator[str]:
     return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
-def folders_of(paths: Iterable[str]) -> set[str]:
-    """Every folder above these relative paths; not all of them when they are more than MAX_FOLDERS."""
+def folders_of(paths: Iterable[str], most: float = math.inf) -> set[str]:
+    """Every folder above these relative paths; not all of them when they are more than `most`."""
     folders: set[str] = set()
     for path in paths:
-        while (path := posixpath.dirname(path)) and path not in folders and len(folders) <= MAX_FOLDERS:
+        while (path := posixpath.dirname(path)) and path not in folders and len(folders) <= most:
             folders.add(path)
     return folders
 
 
-def shell_script(setup: Iterable[str], entrypoint: str) -> str:
+DEFAULT_WORKDIR = "/app"
+SETUP_MARK = "/.lightrun.setup"  # in a container: which setup command is at work, as far as its script came
+
+
+def shell_script(setup: Sequence[str], entrypoint: str) -> str:
     """The setup commands and the entrypoint as one script for `sh -c`. `eval` keeps them in one shell and a syntax error
-    in its own command; `case` looks at the exit code without a variable or a parameter that they could see."""
-    return "".join(f"eval {shlex.quote(command)}\ncase $? in 0) ;; *) exit $? ;; esac\n" for command in setup) + entrypoint
+    in its own command; `case` looks at the exit code without a variable or a parameter that they could see. Before each
+    it notes which one it is, whatever options or output the last one has left behind."""
+
+    def note(which: object) -> str:
+        return f"{{ echo {which} >|{SETUP_MARK}; }} 2>/dev/null\n"
+
+    steps = (
+        f"{note(index)}eval {shlex.quote(command)}\ncase $? in 0) ;; *) exit $? ;; esac\n" for index, command in enumerate(setup)
+    )
+    return "".join(steps) + (note("done") if setup else "") + entrypoint
 
 
 def normalise_image(reference: str) -> str:
@@ -781,17 +830,17 @@ class RunRequest:
 
     image: str  # as the client wrote it
     reference: str  # written out
-    files: dict[str, bytes]
+    files: dict[str, Content]
     command: list[str] | None
-    stdin: bytes | None
+    stdin: Content | None
     env: dict[str, str]
-    workdir: str
+    workdir: str | None  # None for the image's own
     network: str | None
     timeout: float  # seconds
     memory: int
     cpus: float
     pids: int
-    extract: list[str]
+    extract: list[tuple[str, str | None]]  # a container's path, and the name under which it is kept
     extract_on_exit: bool
     detached: bool
     callback_url: str | None
@@ -800,29 +849,36 @@ class RunRequest:
     cpu_time: float | None = None  # seconds
     output_limit: int | None = None
     split_logs: bool = False
+    tar: Part | None = None  # of the upload, to be unpacked in the workdir
+    setup: int = 0  # commands before the entrypoint
 
     @classmethod
-    def parse(cls, raw: bytes, settings: Settings, metered: bool = True) -> RunRequest:
-        """Check the body of `POST /run`. Raises BadRequest with every problem, NotAllowed for what a list refuses."""
-        body = _checked(raw, Schema(request_schema(settings, metered), _formats(settings)), _together)
-        entrypoint = body.get("entrypoint")
+    def parse(cls, raw: bytes, settings: Settings, metered: bool = True, upload: Upload | None = None) -> RunRequest:
+        """Check the body of `POST /run`, of which `raw` is the JSON. Raises BadRequest with every problem, NotAllowed for what
+        a list refuses."""
+        uploaded: dict[str, Part] = upload.files if upload else {}
+        body = _checked(raw, Schema(request_schema(settings, metered), _formats(settings)), _together, uploaded)
+        entrypoint, setup = body.get("entrypoint"), body.get("setup", [])
         if isinstance(entrypoint, str):
-            entrypoint = ["sh", "-c", shell_script(body.get("setup", []), entrypoint)]
+            entrypoint = ["sh", "-c", shell_script(setup, entrypoint)]
         stdin = as_written(raw, "input") if "input" in body else body.get("stdin")
+        files = {path: uploaded.get(path) or _content(value) for path, value in body.get("files", {}).items()}
+        tar = upload.tar if upload else None
+        own = entrypoint is None and "workdir" not in body and not files and tar is None
         request = cls(
             image=body["image"],
             reference=normalise_image(body["image"]),
-            files={path: _content(value) for path, value in body.get("files", {}).items()},
+            files=files,
             command=entrypoint,
             stdin=None if stdin is None else _content(stdin),
             env=body.get("env", {}),
-            workdir=clean_path(body.get("workdir", "/app")),
+            workdir=None if own else clean_path(body.get("workdir", DEFAULT_WORKDIR)),
             network=body.get("network") or None,
             timeout=body.get("timeout", 1_200_000) / 1000,
             memory=_size(body.get("memory", settings.memory)),
             cpus=body.get("cpus", settings.cpus),
             pids=int(body.get("pids", settings.pids)),
-            extract=body.get("extract", []),
+            extract=[(each, None) if isinstance(each, str) else (each["from"], each["to"]) for each in body.get("extract", [])],
             extract_on_exit=body.get("extractOn") == "exit",
             detached=body.get("detached", False),
             callback_url=body.get("callbackUrl"),
@@ -831,6 +887,8 @@ class RunRequest:
             cpu_time=body["cpuTime"] / 1000 if "cpuTime" in body else None,
             output_limit=body.get("outputLimit"),
             split_logs=body.get("splitLogs", False),
+            tar=tar,
+            setup=len(setup),
         )
         request.allowed_by(settings)
         return request
@@ -850,11 +908,15 @@ class RunRequest:
             if not callback_host_allowed(host, settings.callback_allow):
                 raise NotAllowed(f"callback host {host} is not one that --callback-allow names")
 
+    def contents(self) -> Iterator[Content]:
+        """Where everything comes from that goes into the container."""
+        yield from self.files.values()
+        yield from (each for each in (self.stdin, self.tar) if each is not None)
+
     def pack(self) -> bytes:
-        """What the store keeps of a request that is to survive the daemon."""
-        files = {path: base64.b64encode(content).decode() for path, content in self.files.items()}
-        stdin = None if self.stdin is None else base64.b64encode(self.stdin).decode()
-        return to_json({**vars(self), "files": files, "stdin": stdin})
+        """What the store keeps of a request that is to survive the daemon; what was uploaded is kept beside it."""
+        files = {path: _packed(content) for path, content in self.files.items()}
+        return to_json({**vars(self), "files": files, "stdin": _packed(self.stdin), "tar": _packed(self.tar)})
 
     @classmethod
     def unpack(cls, packed: bytes | None, image: str) -> RunRequest:
@@ -863,9 +925,10 @@ class RunRequest:
             fields = json.loads(packed or b"")
             if "reference" not in fields:  # the first build kept the client's body
                 return cls.parse(packed or b"", BOUNDLESS)
-            files = {path: base64.b64decode(content) for path, content in fields.pop("files").items()}
-            stdin = fields.pop("stdin")
-            return cls(**fields, files=files, stdin=None if stdin is None else base64.b64decode(stdin))
+            files = {path: _unpacked(content) for path, content in fields.pop("files").items()}
+            extract = [(each, None) if isinstance(each, str) else tuple(each) for each in fields.pop("extract")]
+            stdin, tar = _unpacked(fields.pop("stdin")), _unpacked(fields.pop("tar", None))
+            return cls(**fields, files=files, stdin=stdin, tar=tar, extract=extract)
         except (ValueError, TypeError, LookupError, AttributeError, LightrunError):
             return cls.parse(to_json({"image": image}), BOUNDLESS)
 
@@ -874,12 +937,17 @@ BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",
 Rules = Callable[[dict[str, Any], set[Any]], Iterable[dict[str, Any]]]
 
 
-def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: ()) -> dict[str, Any]:
+def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: (), uploaded: Iterable[str] = ()) -> dict[str, Any]:
+    """A body by its schema, and by the names of files that came beside it. Raises BadRequest."""
     try:
         body = parse_json(raw)
     except ValueError as error:
-        raise BadRequest(details=[{"path": [], "message": f"the body is not JSON: {error}"}]) from error
-    problems = [*_bad_strings(body, []), *schema.problems(body)]
+        raise BadRequest(details=[problem(f"the body is not JSON: {error}")]) from error
+    problems = []
+    if isinstance(body, dict) and uploaded and isinstance(files := body.setdefault("files", {}), dict):
+        problems = [problem("stands in the JSON too", "files", name) for name in uploaded if name in files]
+        files |= dict.fromkeys(uploaded, "")
+    problems += [*_bad_strings(body, []), *schema.problems(body)]
     if isinstance(body, dict):
         problems += rules(body, {problem["path"][0] for problem in problems if problem["path"]})
     if problems:
@@ -892,8 +960,169 @@ def _size(value: Any) -> Any:
     return parse_size(value) if isinstance(value, str) else value and int(value)
 
 
-def _content(value: str | dict[str, str]) -> bytes:
-    return value.encode() if isinstance(value, str) else base64.b64decode(value["base64"])
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An artifact of a run, or below `""` all of them."""
+
+    run_id: str
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """A checked `<run id>/<path>`."""
+        run_id, _, path = text.partition("/")
+        return cls(run_id, path.rstrip("/"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of the upload that came with a request, in bytes."""
+
+    start: int
+    size: int
+
+
+Content = bytes | Reference | Part  # what goes into a container, or where it lies
+
+
+def _content(value: str | dict[str, str]) -> Content:
+    if isinstance(value, str):
+        return value.encode()
+    return Reference.parse(value["artifact"]) if "artifact" in value else base64.b64decode(value["base64"])
+
+
+def _packed(content: Content | None) -> Any:
+    return base64.b64encode(content).decode() if isinstance(content, bytes) else content and dataclasses.astuple(content)
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, list):
+        return Reference(*value) if isinstance(value[0], str) else Part(*value)
+    return value if value is None else base64.b64decode(value)
+
+
+# -- uploads: multipart/form-data (RFC 7578)
+
+
+class Upload:
+    """The body of a request that is multipart/form-data, where the server has put it: its parts are found, and nothing is
+    copied. One named `run` is the JSON, one may be a `tar`, and each other is a file of that name."""
+
+    def __init__(self, file: IO[bytes], name: str | None = None) -> None:
+        self._file, self.name = file, name  # in the state dir, as long as the request lasts
+        self.size = file.seek(0, os.SEEK_END)
+        self.files: dict[str, Part] = {}
+        self.run: Part | None = None
+        self.tar: Part | None = None
+
+    @classmethod
+    def parse(cls, body: IO[bytes], content_type: str) -> Upload:
+        """The parts of a body. Raises BadRequest."""
+        name = getattr(body, "name", None)
+        upload = cls(Path(name).open("rb") if name else io.BytesIO(body.read()), name)  # noqa: SIM115  # for the run's life
+        try:
+            parts = upload.files = upload._parts(multipart_boundary(content_type))
+            upload.run, upload.tar = parts.pop("run", None), parts.pop("tar", None)
+            if upload.run is None:
+                raise ValueError("there is no part named run, which is the JSON of the request")
+            if upload.run.size > MAX_RUN_PART_BYTES:
+                raise ValueError(f"the part run has more than {MAX_RUN_PART_BYTES} bytes; send files as parts of their own")
+        except ValueError as error:
+            upload.close()
+            raise BadRequest(details=[problem(f"the body is not what its Content-Type says: {error}")]) from error
+        return upload
+
+    def read(self, part: Part) -> bytes:
+        """All of a part; for a small one."""
+        return b"".join(self.pieces(part))
+
+    def pieces(self, part: Part) -> Iterator[bytes]:
+        """A part, piece by piece."""
+        at, end = part.start, part.start + part.size
+        while at < end:
+            self._file.seek(at)
+            piece = self._file.read(min(COPY_BYTES, end - at))
+            if not piece:
+                raise OSError(errno.EIO, "the upload has become shorter")
+            at += len(piece)
+            yield piece
+
+    def digest(self) -> str:
+        """What another upload has if its parts are the same, whatever its boundary."""
+        digest = hashlib.sha256(b"multipart")
+        parts = {"run": self.run, "tar": self.tar, **self.files}
+        for name, part in sorted(parts.items(), key=lambda item: item[1].start if item[1] else 0):
+            content = hashlib.sha256()
+            for piece in self.pieces(part) if part else ():
+                content.update(piece)
+            digest.update(hashlib.sha256(name.encode()).digest() + content.digest() + bytes([part is None]))
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._file.close()
+
+    def _parts(self, boundary: bytes) -> dict[str, Part]:
+        """Each part's name and place. Raises ValueError."""
+        parts: dict[str, Part] = {}
+        delimiter = b"\r\n--" + boundary
+        at = self._delimited(0, delimiter[2:])
+        if self.read(Part(0, min(at, 3))) not in {b"", b"\r\n"}:
+            raise ValueError("it does not begin with its boundary")
+        at += len(delimiter) - 2
+        while self.read(Part(at, 2)) != b"--":
+            head = self.read(Part(at, min(MAX_PART_HEADER_BYTES, self.size - at)))
+            if (length := head.find(b"\r\n\r\n")) < 0:
+                raise ValueError("the head of a part has no end, or is too long")
+            name, start = part_name(head[:length]), at + length + 4
+            if name in parts:
+                raise ValueError(f"the part {printable(name)} stands twice")
+            if len(parts) >= MAX_PARTS:
+                raise ValueError(f"it has more than {MAX_PARTS} parts")
+            end = self._delimited(start, delimiter)
+            parts[name] = Part(start, end - start)
+            at = end + len(delimiter)
+        if self.size - at > 4 or self.read(Part(at + 2, self.size - at - 2)).strip(b"\r\n"):
+            raise ValueError("something follows its last boundary")
+        return parts
+
+    def _delimited(self, start: int, delimiter: bytes) -> int:
+        """Where the next delimiter of parts stands, at or after `start`. Raises ValueError."""
+        window, at, kept = b"", start, len(delimiter) + 1  # it counts with the two bytes that follow it
+        self._file.seek(start)
+        while piece := self._file.read(COPY_BYTES):
+            window += piece
+            found = window.find(delimiter)
+            while 0 <= found < len(window) - kept:
+                if window[found + len(delimiter) :][:2] in {b"\r\n", b"--"}:
+                    return at + found
+                found = window.find(delimiter, found + 1)
+            at, window = at + max(0, len(window) - kept), window[-kept:]
+        raise ValueError("its last boundary is missing; it was cut short")
+
+
+def multipart_boundary(content_type: str) -> bytes:
+    """The boundary that a Content-Type names (RFC 2046, 5.1.1). Raises ValueError."""
+    head = email.message.Message()
+    head["Content-Type"] = content_type
+    boundary = head.get_param("boundary")
+    if not isinstance(boundary, str) or not re.fullmatch(r"[ -~]{0,69}[!-~]", boundary):
+        raise ValueError("it names no boundary of 1 to 70 characters")
+    return boundary.encode()
+
+
+def part_name(head: bytes) -> str:
+    """The name of a part of a form, of its header lines. Raises ValueError."""
+    about = email.parser.HeaderParser().parsestr(head.decode("latin-1").strip("\r\n") + "\r\n\r\n")
+    name = about.get_param("name", header="Content-Disposition")
+    if about.get_content_disposition() != "form-data" or not isinstance(name, str) or not name:
+        raise ValueError("a part has no name")
+    if about.get("Content-Transfer-Encoding", "binary").strip().lower() not in {"binary", "8bit", "7bit"}:
+        raise ValueError("a part has a Content-Transfer-Encoding, which forms do not have")
+    try:
+        return name.encode("latin-1").decode()
+    except UnicodeError as error:
+        raise ValueError("a part has a name that is not UTF-8") from error
 
 
 def callback_host_allowed(host: str, patterns: tuple[str, ...]) -> bool:
@@ -1144,9 +1373,14 @@ class Store:
             raise NotFound("there is no such run")
         return rows[0]
 
-    def add(self, run: Run, key: str | None = None, digest: str = "", request: bytes | None = None) -> None:
-        """Record an accepted run, with its request if it is to survive the daemon: on disk when this returns then."""
+    def add(
+        self, run: Run, key: str | None = None, digest: str = "", request: bytes | None = None, upload: Upload | None = None
+    ) -> None:
+        """Record an accepted run, with its request, and what was uploaded, if it is to survive the daemon: on disk when this
+        returns then."""
         if request is not None:
+            if upload:
+                self._keep_upload(f"{run.id}.upload", upload)
             self._write_secret(run.id, request)
         try:
             with self._transaction(durable=request is not None) as execute:
@@ -1156,7 +1390,26 @@ class Store:
                 )  # fmt: skip
         except (Unavailable, StorageUncertain):  # should it be there all the same, the next start refuses it
             self._drop_secret(run.id)
+            self._drop_secret(f"{run.id}.upload")
             raise
+
+    def _keep_upload(self, name: str, upload: Upload) -> None:
+        """Keep an upload, without a copy when it is in a file already. Raises Unavailable."""
+        if upload.name is None:
+            self._write_secret(name, upload.read(Part(0, upload.size)))
+            return
+        try:
+            with Path(upload.name).open("rb") as file:
+                os.fsync(file.fileno())
+            os.link(upload.name, self._secrets / name)
+        except OSError as error:
+            raise Unavailable("storage_unavailable", f"the state dir cannot be written: {error.strerror}", 5) from error
+
+    def upload(self, run_id: str) -> Upload | None:
+        """What was kept of an upload with an unfinished run."""
+        with contextlib.suppress(OSError):
+            return Upload((self._secrets / f"{run_id}.upload").open("rb"))
+        return None
 
     def _write_secret(self, name: str, data: bytes) -> None:
         """Write a private file, durably. Raises Unavailable."""
@@ -1194,6 +1447,7 @@ class Store:
         """Remove the files and folders of runs that are not there (any more), as a crash can leave them."""
         known = {run_id for (run_id,) in self._all("SELECT id FROM runs")}
         needed = {run_id for (run_id,) in self._all("SELECT id FROM runs WHERE status = 'running'")}
+        needed |= {f"{run_id}.upload" for run_id in needed}
         needed |= {f"{run_id}.callback" for run_id, _, _ in self.owed()}
         for path in self._secrets.iterdir():
             if path.name not in needed:
@@ -1239,6 +1493,7 @@ class Store:
                 execute("INSERT INTO details VALUES (?, ?, ?)", run.id, tail, frames)
                 execute(WEIGH, size, 1)
         self._drop_secret(run.id)
+        self._drop_secret(f"{run.id}.upload")
 
     def owed(self) -> list[tuple[str, float, str]]:
         """Id, time of the next attempt and head of every finished run whose callback is owed."""
@@ -1730,7 +1985,7 @@ class Log:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Artifacts: the tar that goes in, the tar that comes back, what is kept on disk
+# Artifacts: the tree that goes in, the trees that come back, what is kept on disk
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -1741,12 +1996,15 @@ class ArtifactError(Exception):
 BROKEN_ARCHIVE = "the engine sent a broken archive"
 
 
-def _tar_header(name: str, size: int | None = None, mode: int = 0o777, modified: float = 0) -> bytes:
-    """One member's header, owned by root; a folder's when there is no size."""
+def _tar_header(
+    name: str, size: int = 0, mode: int = 0o755, modified: float = 0, kind: bytes = tarfile.DIRTYPE,
+    owner: tuple[int, int] = (0, 0), target: str = "",
+) -> bytes:  # fmt: skip
+    """One member's header, in the format that takes names of any bytes as they are."""
     info = tarfile.TarInfo(name)
-    info.type, info.size = (tarfile.DIRTYPE, 0) if size is None else (tarfile.REGTYPE, size)
-    info.mode, info.mtime = mode, int(modified)
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    info.type, info.size, info.linkname = kind, size, target
+    info.mode, info.mtime, (info.uid, info.gid) = mode, int(modified), owner
+    return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
 def _tar_padding(size: int) -> bytes:
@@ -1756,18 +2014,257 @@ def _tar_padding(size: int) -> bytes:
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
-def files_tar(workdir: str, files: Mapping[str, bytes], shared: bool, now: float) -> bytes:
-    """The tar to be put at `/`: its first member is a folder, so that no engine takes it for a compressed one and runs a
-    program of the image to unpack it (CVE-2026-41567). Everybody may change what it holds, since the image may run as
-    any user; `shared` opens the workdir too. Without it the workdir is left as the image has it, a link included."""
-    root = workdir[1:]
-    parts = [_tar_header("./", mode=0o755, modified=now)]
-    if shared or not files:
-        parts.append(_tar_header(f"{root}/", modified=now))
-    parts += [_tar_header(f"{root}/{folder}/", modified=now) for folder in sorted(folders_of(files))]
-    for path, content in files.items():
-        parts += [_tar_header(f"{root}/{path}", len(content), modified=now), content, _tar_padding(len(content))]
-    return b"".join([*parts, TAR_END])
+# -- the tree that goes in
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A member of the tree that is put into a container, by its path below the workdir, `""` for that itself."""
+
+    path: str
+    kind: bytes = tarfile.REGTYPE  # or DIRTYPE, SYMTYPE, LNKTYPE
+    mode: int = 0o755
+    modified: float | None = None  # Unix seconds; None for now
+    content: Content = b""
+    size: int = 0
+    target: str = ""  # of a link; a hard one's is another path below the workdir
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether others may lie in it."""
+        return self.kind == tarfile.DIRTYPE
+
+
+class Tree:
+    """All that goes into the workdir of one run: what its request holds, parts of its upload and what is in the tar among
+    them, and artifacts of other runs. `artifacts` tells those of a run. Nothing of any size is held in memory."""
+
+    def __init__(
+        self, request: RunRequest, upload: Upload | None, root: Path, artifacts: Callable[[str], list[dict[str, Any]]]
+    ) -> None:
+        self._request, self._upload, self._root, self._artifacts = request, upload, root, artifacts
+
+    def entries(self) -> Iterator[Entry]:
+        """What it holds, as it comes, folders that only follow from a path left out. Raises BadRequest."""
+        for path, content in self._request.files.items():
+            if isinstance(content, Reference):
+                yield from self._referred(path, content)
+            else:
+                yield Entry(path, content=content, size=content.size if isinstance(content, Part) else len(content))
+        if self._request.tar and self._upload:
+            yield from tar_entries(self._upload, self._request.tar)
+
+    def check(self) -> None:
+        """Raises BadRequest for what no folder can hold, and for artifacts that are not there."""
+        if isinstance(stdin := self._request.stdin, Reference) and [each.kind for each in self._named(stdin, "stdin")] != [
+            tarfile.REGTYPE
+        ]:
+            raise BadRequest(details=[problem("must name a file", "stdin", "artifact")])
+        if problems := [*itertools.islice(tree_problems(self.entries()), MAX_PROBLEMS)]:
+            raise BadRequest(details=problems)
+
+    def pieces(self, content: Content) -> Iterator[bytes]:
+        """Content, piece by piece. Raises OSError, NotFound."""
+        if isinstance(content, Part):
+            assert self._upload
+            yield from self._upload.pieces(content)
+        elif isinstance(content, Reference):
+            file = open_artifact(self._root / content.run_id, content.path)
+            with file or io.BytesIO() as file:
+                while piece := file.read(COPY_BYTES):
+                    yield piece
+        else:
+            yield content
+
+    def _referred(self, path: str, reference: Reference) -> Iterator[Entry]:
+        """What a reference stands for, under a path."""
+        below = len(reference.path) + 1 if reference.path else 0
+        for each in self._named(reference, "files", path):
+            rest = each.path[below:]
+            yield dataclasses.replace(each, path=f"{path}/{rest}" if rest else path)
+
+    def _named(self, reference: Reference, *where: str) -> Iterator[Entry]:
+        """The artifact that is named, and what is in it, under their own paths."""
+        found = not reference.path
+        if found:
+            yield Entry("", tarfile.DIRTYPE)
+        try:
+            artifacts = self._artifacts(reference.run_id)
+        except NotFound:
+            artifacts, found = [], False
+        for each in artifacts:
+            if not reference.path or each["path"] == reference.path or each["path"].startswith(f"{reference.path}/"):
+                found, folder = True, each["type"] == "directory"
+                content = Reference(reference.run_id, each["path"])
+                mode = int(each.get("mode", "755" if folder else "644"), 8)
+                yield Entry(each["path"], tarfile.DIRTYPE if folder else tarfile.REGTYPE, mode, None, content, each["bytes"])
+        if not found:
+            message = f"there is no artifact {reference.run_id}/{reference.path} of a run that has ended"
+            raise BadRequest(details=[problem(message, *where, "artifact")])
+
+
+COMPRESSED = {  # by what it begins with
+    b"\x1f\x8b": "gzip", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd", b"BZh": "bzip2", b"\x1f\x9d": "compress",
+    b"PK\x03\x04": "zip",
+}  # fmt: skip
+
+
+class _TarWindow:
+    """A tar in an upload for tarfile to read the headers of."""
+
+    def __init__(self, upload: Upload, part: Part) -> None:
+        self._upload, self._part, self._at = upload, part, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises ValueError for more than a header needs."""
+        if size > MAX_TAR_HEADER_BYTES:
+            raise ValueError("a header is too long")
+        data = self._upload.read(Part(self._part.start + self._at, max(0, min(size, self._part.size - self._at))))
+        self._at += len(data)
+        return data
+
+    def seek(self, at: int) -> None:
+        """Go on from another place."""
+        self._at = at
+
+    def tell(self) -> int:
+        """Where it stands."""
+        return self._at
+
+
+def tar_entries(upload: Upload, part: Part) -> Iterator[Entry]:
+    """The members of a tar that was uploaded, in its order. Raises BadRequest with those that cannot be taken."""
+    window, problems = _TarWindow(upload, part), []
+    start = window.read(tarfile.BLOCKSIZE)
+    for magic, name in COMPRESSED.items():
+        if start.startswith(magic):
+            raise BadRequest(details=[problem(f"is compressed ({name}); send it unpacked, as `tar -c` writes it", "tar")])
+    window.seek(0)
+    try:
+        with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:  # type: ignore[call-overload]
+            while member := archive.next():
+                archive.members = []  # tarfile remembers every member otherwise
+                if why := _unfit(member, part.size):
+                    problems.append(problem(why, "tar", printable(member.name)))
+                elif not problems:
+                    yield _tar_entry(member, part)
+                if len(problems) >= MAX_PROBLEMS:
+                    break
+            window.seek(archive.offset)
+            if not problems and window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("it has no end")
+    except BadRequest:
+        raise
+    except Exception as error:  # tarfile raises nearly anything for what is none
+        raise BadRequest(details=[problem("is not a tar, or was cut short", "tar")]) from error
+    if problems:
+        raise BadRequest(details=problems)
+
+
+def _unfit(member: tarfile.TarInfo, size: int) -> str:
+    """Why a member of an uploaded tar of some bytes is refused; "" for a good one."""
+    segments = member.name.split("/")
+    if member.name.startswith("/"):
+        return "is an absolute name"
+    if ".." in segments:
+        return "has a .. segment"
+    encoded = member.name.encode(errors="surrogateescape")
+    if len(encoded) > MAX_TAR_PATH_BYTES or any(len(each.encode(errors="surrogateescape")) > 255 for each in segments):
+        return f"is a name of more than {MAX_TAR_PATH_BYTES} bytes, or has a segment of more than 255"
+    if "\0" in member.name + member.linkname:
+        return "holds a NUL"
+    if member.issparse():
+        return "is a sparse file; write the tar without -S"
+    if not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+        return "is neither a file, a folder nor a link"
+    if member.isreg() and not (member.size >= 0 and member.offset_data + member.size <= size):
+        return "is cut short"
+    if not math.isfinite(member.mtime):
+        return "has a time that is none"
+    if (member.issym() or member.islnk()) and not 0 < len(member.linkname.encode(errors="surrogateescape")) <= MAX_TAR_PATH_BYTES:
+        return f"is a link to nothing, or to a name of more than {MAX_TAR_PATH_BYTES} bytes"
+    return ""
+
+
+def _tar_entry(member: tarfile.TarInfo, part: Part) -> Entry:
+    kind = tarfile.REGTYPE if member.isreg() else member.type
+    content = Part(part.start + member.offset_data, member.size if member.isreg() else 0)
+    target = _plain_path(member.linkname) if member.islnk() else member.linkname if member.issym() else ""
+    modified = min(max(member.mtime, 0), 1 << 33)
+    return Entry(_plain_path(member.name), kind, member.mode & 0o777, modified, content, content.size, target)
+
+
+def _plain_path(path: str) -> str:
+    """A relative path without doubled, last or `.` segments; `""` for none."""
+    return "/".join(segment for segment in path.split("/") if segment not in {"", "."})
+
+
+def tree_problems(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
+    """What is wrong with a tree as a whole: names that stand twice or cannot lie in each other, links that lead out of it."""
+    kinds: dict[str, bytes] = {}  # of what stands there; folders that only follow from a path are b""
+    links: dict[str, str] = {}
+    for entry in entries:
+        where = ("tar" if isinstance(entry.content, Part) and entry.kind != tarfile.REGTYPE else "files", printable(entry.path))
+        if len(kinds) > MAX_ARTIFACT_ENTRIES:
+            yield problem(f"must not hold more than {MAX_ARTIFACT_ENTRIES} files and folders", "files")
+            return
+        if kinds.get(entry.path) and not (entry.is_folder and entry.path == ""):
+            yield problem("stands twice", *where)
+            continue
+        if entry.path in kinds and not entry.is_folder:
+            yield problem("is both a file and a folder", *where)
+            continue
+        for folder in parent_folders(entry.path):
+            if kinds.setdefault(folder, b"") not in {b"", tarfile.DIRTYPE}:
+                yield problem(f"lies in {printable(folder)}, which is not a folder", *where)
+                break
+        if entry.kind == tarfile.LNKTYPE and kinds.get(entry.target) != tarfile.REGTYPE:
+            yield problem("is a hard link to what is not a file before it in the tar", *where)
+        if entry.kind == tarfile.SYMTYPE:
+            links[entry.path] = entry.target
+        kinds[entry.path] = entry.kind
+    yield from (problem("is a link that leads out of the workdir", "tar", printable(path)) for path in _leading_out(links))
+
+
+def _leading_out(links: Mapping[str, str]) -> Iterator[str]:
+    """The symbolic links of a tree that do not stay in it, other links on their way included, or of which that would take too
+    long to tell."""
+    steps = 0
+    for path in links:
+        place, ahead, followed = path.split("/")[:-1], links[path].split("/")[::-1], 0
+        outside = links[path].startswith("/")
+        while ahead and not outside:
+            steps, segment = steps + 1, ahead.pop()
+            if segment == "..":
+                outside = not place
+                del place[-1:]
+            elif segment not in {"", "."}:
+                place.append(segment)
+                if target := links.get("/".join(place)):
+                    followed += 1
+                    outside = target.startswith("/") or followed > MAX_LINKS_FOLLOWED or steps > MAX_LINK_STEPS
+                    ahead += target.split("/")[::-1]
+                    del place[-1:]
+        if outside:
+            yield path
+
+
+def put_tar(
+    entries: Iterable[Entry], owner: tuple[int, int], pieces: Callable[[Content], Iterator[bytes]], now: float
+) -> Iterator[bytes]:
+    """The tar to be put at `/`, piece by piece, of entries by their paths in the container. Its first member is a folder, so
+    that no engine takes it for a compressed one and runs a program of the image to unpack it (CVE-2026-41567)."""
+    yield _tar_header("./", mode=0o755, modified=now)
+    for entry in entries:
+        modified = now if entry.modified is None else entry.modified
+        yield _tar_header(entry.path, entry.size, entry.mode, modified, entry.kind, owner, entry.target)
+        if entry.kind == tarfile.REGTYPE:
+            yield from pieces(entry.content)
+            yield _tar_padding(entry.size)
+    yield TAR_END
+
+
+# -- the trees that come back
 
 
 class ArchiveSource:
@@ -1810,15 +2307,16 @@ class Extraction:
         self._bytes_left, self._entries_left = limit, MAX_ARTIFACT_ENTRIES
         self.artifacts: list[dict[str, Any]] = []
 
-    def keep(self, tar: Any, folder: bool) -> dict[str, Any]:
-        """Keep what an engine sent for one path: a file under its name, a folder's contents without the folder. Returns
-        `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError, and what `check` and `tar` raise."""
+    def keep(self, tar: Any, folder: bool, to: str | None = None) -> dict[str, Any]:
+        """Keep what an engine sent for one path: a file under its name, a folder's contents without the folder; or either
+        under another name. Returns `{"bytes": …}`, with `skipped` when something was left out. Raises ArtifactError, and what
+        `check` and `tar` raise."""
         source = ArchiveSource(tar, self._check)
         remove_tree(self._staging)
         try:
             self._staging.mkdir(mode=0o700)
-            entries, skipped, bytes_left = self._unpack(source, folder)
-            self._move_in({_on_disk(path.partition("/")[0]) for path in entries})
+            entries, skipped, bytes_left = self._unpack(source, folder, to)
+            self._move_in({to} if to else {path.partition("/")[0] for path in entries})
         except Exception as error:
             if error is source.error or isinstance(error, ArtifactError):
                 raise
@@ -1830,7 +2328,8 @@ class Extraction:
             remove_tree(self._staging)
         self._bytes_left = bytes_left
         self._entries_left -= len(entries) + skipped
-        self.artifacts = sorted([*self.artifacts, *entries.values()], key=lambda entry: str(entry["path"]))
+        kept = {entry["path"]: entry for entry in self.artifacts} | entries
+        self.artifacts = sorted(kept.values(), key=lambda entry: str(entry["path"]))
         return {"bytes": sum(entry["bytes"] for entry in entries.values()), **({"skipped": skipped} if skipped else {})}
 
     def discard(self) -> None:
@@ -1838,14 +2337,16 @@ class Extraction:
         self.artifacts = []
         remove_tree(self._folder)
 
-    def _unpack(self, source: ArchiveSource, folder: bool) -> tuple[dict[str, dict[str, Any]], int, int]:
+    def _unpack(self, source: ArchiveSource, folder: bool, to: str | None) -> tuple[dict[str, dict[str, Any]], int, int]:
         """The entries by path, how many members were skipped, and the bytes left."""
         entries: dict[str, dict[str, Any]] = {}
         skipped, bytes_left, top = 0, self._bytes_left, None
+        if to:
+            self._make_folders([*parent_folders(to), *([to] if folder else [])], entries)
         with tarfile.open(fileobj=source, mode="r|", bufsize=COPY_BYTES, encoding="utf-8") as archive:  # type: ignore[call-overload]
             while member := archive.next():
                 archive.members = []  # tarfile remembers every member otherwise
-                first = entries.get(_kept_path(member.linkname, top)) if member.islnk() else None
+                first = entries.get(_kept_path(member.linkname, top, to)) if member.islnk() else None
                 size = first["bytes"] if first else member.size if _has_content(member) else 0
                 if not 0 <= size <= bytes_left:
                     raise ArtifactError("is larger than what this run may still keep")
@@ -1854,7 +2355,7 @@ class Extraction:
                 if folder and top is None:
                     top = member.name  # the folder itself comes first
                     continue
-                path = _kept_path(member.name, top)
+                path = _kept_path(member.name, top, to)
                 if path and member.isdir():
                     self._make_folders([*parent_folders(path), path], entries)
                 elif path and (member.isreg() or (first and first["type"] == "file")):
@@ -1862,12 +2363,12 @@ class Extraction:
                     content = (self._staging / _on_disk(first["path"])).open("rb") if first else archive.extractfile(member)
                     self._write(path, content, source)
                     entries[path] = {"path": path, "bytes": size, "type": "file"}
-                    entries[path] |= {"mode": f"{member.mode & 0o777:04o}"} if member.mode & 0o111 else {}
+                    entries[path] |= {"mode": f"{member.mode & 0o777:o}"} if member.mode & 0o111 else {}
                 else:
                     skipped += 1
                 if len(entries) + skipped > self._entries_left:
                     raise ArtifactError("holds more files and folders than a run may keep")
-        if top is None and not entries:
+        if top is None and not any(entry["type"] == "file" for entry in entries.values()):
             raise ArtifactError(BROKEN_ARCHIVE)
         return entries, skipped, bytes_left
 
@@ -1883,27 +2384,37 @@ class Extraction:
                 source.check()
                 file.write(piece)
 
-    def _move_in(self, names: Iterable[str]) -> None:
-        """All of these names on the disk, or none."""
+    def _move_in(self, paths: Iterable[str]) -> None:
+        """All that is staged under these paths, or none. Folders above them may be there already."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         with contextlib.ExitStack() as undone:
-            for name in sorted(names):
-                staged, target = self._staging / name, self._folder / name
-                if os.path.lexists(target):
-                    raise ArtifactError(f"collides with an earlier entry's {os.fsencode(name).decode()}")
+            for path in sorted(paths):
+                for folder in map(_on_disk, parent_folders(path)):
+                    if not (self._folder / folder).is_dir():
+                        self._collide_not(folder)
+                        (self._folder / folder).mkdir(mode=0o700)
+                        undone.callback((self._folder / folder).rmdir)
+                self._collide_not(_on_disk(path))
+                staged, target = self._staging / _on_disk(path), self._folder / _on_disk(path)
                 staged.rename(target)
                 undone.callback(target.rename, staged)
             undone.pop_all()
+
+    def _collide_not(self, path: str) -> None:
+        if os.path.lexists(self._folder / path):
+            raise ArtifactError(f"collides with an earlier entry's {os.fsencode(path).decode()}")
 
 
 def _has_content(member: tarfile.TarInfo) -> bool:
     return member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
 
 
-def _kept_path(name: str, top: str | None) -> str:
-    """The artifact's path for a name from a container, below `top` or, without one, its last part; "" when it may not
-    become one on this disk."""
+def _kept_path(name: str, top: str | None, to: str | None) -> str:
+    """The artifact's path for a name from a container, below `top` or, without one, its last part, and then below `to` or
+    just that; "" when it may not become one on this disk."""
     path = posixpath.basename(name) if top is None else name[len(top) :].strip("/") if name.startswith(top) else ""
+    if to and path:
+        path = to if top is None else f"{to}/{path}"
     try:
         segments = path.encode().split(b"/")
     except UnicodeEncodeError:  # bytes that were not UTF-8
@@ -1958,10 +2469,11 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Generator[
     for entry in artifacts:
         file = open_artifact(root, entry["path"])
         if file is None:
-            yield _tar_header(entry["path"] + "/", mode=0o755)
+            yield _tar_header(entry["path"] + "/")
             continue
         with file:
-            yield _tar_header(entry["path"], entry["bytes"], int(entry.get("mode", "0644"), 8), os.fstat(file.fileno()).st_mtime)
+            mode, modified = int(entry.get("mode", "644"), 8), os.fstat(file.fileno()).st_mtime
+            yield _tar_header(entry["path"], entry["bytes"], mode, modified, tarfile.REGTYPE)
             while piece := file.read(COPY_BYTES):
                 yield piece
             yield _tar_padding(entry["bytes"])
@@ -1988,12 +2500,18 @@ BOTH_STREAMS = {"stdout": 1, "stderr": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """An image on the engine: its id, whether its program starts as root, its environment and its own command."""
+    """An image on the engine: its id, its user and working folder, its environment and its own command."""
 
     id: str
-    root: bool
+    user: str
+    workdir: str
     env: tuple[str, ...]
     command: tuple[str, ...]
+
+    @property
+    def root(self) -> bool:
+        """Whether its program starts as root."""
+        return self.user.partition(":")[0] in {"", "0", "root"}
 
     def has(self, name: str) -> bool:
         """Whether its environment has this variable."""
@@ -2005,6 +2523,7 @@ class ContainerState:
     """What the engine says of a container. Times in Unix seconds of the engine's clock; None when they were never."""
 
     image_id: str
+    workdir: str
     running: bool
     started: float | None
     finished: float | None
@@ -2450,22 +2969,27 @@ class Engine:
 
     def _call(
         self, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
-        body: bytes | dict[str, Any] | None = None, seconds: float = ENGINE_SECONDS, headers: Mapping[str, str] | None = None,
+        body: bytes | dict[str, Any] | Iterator[bytes] | None = None, seconds: float = ENGINE_SECONDS,
+        headers: Mapping[str, str] | None = None,
     ) -> Reply:  # fmt: skip
         """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
         connection and an answer of another kind raise."""
         data = to_json(body) if isinstance(body, dict) else body or b""
-        lines = {"Host": "docker", "User-Agent": "lightrun", "Content-Type": JSON, "Content-Length": len(data), **(headers or {})}
+        length = {"Content-Length": len(data)} if isinstance(data, bytes) else {"Transfer-Encoding": "chunked"}
+        lines = {"Host": "docker", "User-Agent": "lightrun", "Content-Type": JSON, **length, **(headers or {})}
         target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
         head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
         with contextlib.ExitStack() as opened:
             wire = opened.enter_context(contextlib.closing(self._connect(seconds)))
             with contextlib.suppress(ConnectionError):  # it may have answered before it took all
                 wire.send(head.encode())
-                wire.send(data)
+                for piece in [data] if isinstance(data, bytes) else _chunked(data):
+                    wire.send(piece)
             response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
             response.begin()
             if response.status not in (expected or (200,)):
+                if method == "HEAD" and "Api-Version" in response.headers:  # which has no body, and no words
+                    raise Refused(response.status, response.reason)
                 message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]  # which only an engine says like this
                 if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
                     raise ValueError("not an engine's answer")
@@ -2524,9 +3048,9 @@ class Engine:
         """What is known of an image that is on the engine. Raises EngineMissing."""
         about = self._call("GET", f"/images/{reference}/json").json()
         config = about.get("Config") or {}
-        user = config.get("User", "").partition(":")[0]
         command = [*(config.get("Entrypoint") or []), *(config.get("Cmd") or [])]
-        return Image(str(about["Id"]), user in {"", "0", "root"}, tuple(config.get("Env") or []), tuple(command))
+        user, workdir = str(config.get("User") or ""), clean_path(config.get("WorkingDir") or "/")
+        return Image(str(about["Id"]), user, workdir, tuple(config.get("Env") or []), tuple(command))
 
     def pull(self, reference: str, seconds: float) -> Generator[dict[str, Any], None, None]:
         """Pull an image, with the credentials of the daemon user's Docker configuration; yields the engine's progress.
@@ -2598,7 +3122,7 @@ class Engine:
         config = {
             "Image": image.id,
             "Env": [f"{name}={value}" for name, value in request.env.items()],
-            "WorkingDir": request.workdir,
+            "WorkingDir": request.workdir or "",
             "Labels": {LABEL_STATE: self._state_id, LABEL_RUN: run_id},
             "OpenStdin": request.stdin is not None,
             "StdinOnce": request.stdin is not None,
@@ -2636,10 +3160,52 @@ class Engine:
         }
 
     @asks_to("put the files")
-    def put(self, container: str, tar: bytes) -> None:
-        """Unpack a tar at the root of a container that has not been started."""
-        path, headers = f"/containers/{container}/archive", {"Content-Type": TAR}
-        self._call("PUT", path, query={"path": "/"}, body=tar, headers=headers).nothing()
+    def put(self, container: str, tar: Iterator[bytes]) -> None:
+        """Unpack a tar at the root of a container that has not been started; no folder takes a file's place, nor the other way
+        round."""
+        path, query = f"/containers/{container}/archive", {"path": "/", "noOverwriteDirNonDir": 1}
+        self._call("PUT", path, query=query, body=tar, headers={"Content-Type": TAR}).nothing()
+
+    @asks_to("look at the files of the image")
+    def stat(self, container: str, path: str) -> tuple[int, str] | None:
+        """Go file mode and, of a link, the target of what stands at a path of a container, links on the way to it followed;
+        None for nothing."""
+        try:
+            reply = self._call("HEAD", f"/containers/{container}/archive", query={"path": path})
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return None
+        with contextlib.closing(reply):
+            about = json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))
+            return int(about["mode"]), str(about.get("linkTarget", ""))
+
+    @asks_to("look at the files of the image")
+    def added(self, container: str) -> set[str]:
+        """The paths that a container has and its image has not."""
+        changes = self._call("GET", f"/containers/{container}/changes").json() or []
+        return {str(change["Path"]) for change in changes if change["Kind"] == 1}
+
+    @asks_to("look at the files of the image")
+    def text(self, container: str, path: str) -> str:
+        """A small text file of a container, a link to it followed; "" for none."""
+        try:
+            mode, target = self.stat(container, path) or (GO_MODE_OTHER, "")
+            if mode & GO_MODE_LINK:
+                mode, path = 0, target
+            if mode & (GO_MODE_OTHER | GO_MODE_FOLDER):
+                return ""
+            reply = self._call("GET", f"/containers/{container}/archive", query={"path": path}).streamed()
+            with contextlib.closing(reply), tarfile.open(fileobj=reply, mode="r|") as archive:  # type: ignore[call-overload]
+                member = archive.next()
+                file = archive.extractfile(member) if member else None
+                return file.read(MAX_SETTINGS_BYTES).decode(errors="replace") if file else ""
+        except Refused as error:
+            if error.status != 404:
+                raise
+            return ""
+        except tarfile.TarError as error:
+            raise ValueError("not a tar") from error
 
     @asks_to("attach")
     def attach(self, container: str) -> Reply:
@@ -2702,9 +3268,8 @@ class Engine:
         if not isinstance(state["Running"], bool) or not isinstance(state["ExitCode"], int):
             raise ValueError("not a state")
         told = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
-        return ContainerState(
-            str(about["Image"]), state["Running"], started, finished, state["ExitCode"], bool(state["OOMKilled"]), told
-        )
+        workdir, exit_code, oom_killed = about["Config"].get("WorkingDir") or "/", state["ExitCode"], bool(state["OOMKilled"])
+        return ContainerState(str(about["Image"]), workdir, state["Running"], started, finished, exit_code, oom_killed, told)
 
     @asks_to("wait for the container")
     def wait(self, container: str, wake: int, seconds: float) -> None:
@@ -2760,6 +3325,17 @@ class Engine:
         return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
 
 
+def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """A body of no known length (RFC 9112, 7.1); small pieces go together."""
+    chunk: list[bytes] = []
+    for piece in pieces:
+        chunk.append(piece)
+        if sum(map(len, chunk)) >= COPY_BYTES or len(chunk) > 100:
+            yield b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk))
+            chunk.clear()
+    yield (b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk)) if any(chunk) else b"") + b"0\r\n\r\n"
+
+
 def _raw(reply: Reply) -> Reply:
     """An answer that is a stream from or to a container. Raises ValueError for another."""
     if not reply.header("Content-Type").startswith("application/vnd.docker."):
@@ -2789,6 +3365,122 @@ def _credentials(repository: str) -> str | None:
     except Exception as error:  # whatever a helper or a file of somebody else's may bring about
         log.warning("no credentials for %s: %s cannot be used (%s)", registry, where, type(error).__name__)
         return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Layout: what of a tree goes where in a container, and to whom it belongs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Standing(enum.Enum):
+    """What an image has at a path."""
+
+    NOTHING = "nothing"
+    FOLDER = "a folder"
+    LINKED = "a link to a folder"
+    LINK = "a link that leads to no folder"
+    OTHER = "not a folder"
+
+
+class Layout:
+    """How trees come to lie in containers. What an image has stays as it is; what lightrun makes belongs to the image's user.
+    What images have is asked once for each and remembered by their ids, of a container of theirs in which nothing has run."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _known; what it holds is only added to
+        self._known: collections.OrderedDict[str, dict[str, Standing]] = collections.OrderedDict()
+        self._owners: dict[str, tuple[int, int]] = {}
+
+    def owner(self, engine: Engine, container: str, image: Image) -> tuple[int, int]:
+        """User and group that the image's program runs as."""
+        if image.user in {"", "0", "root", "0:0", "root:root"}:
+            return 0, 0
+        if image.id not in self._owners:
+            files = engine.text(container, "/etc/passwd"), engine.text(container, "/etc/group")
+            self._owners[image.id] = user_and_group(image.user, *files)
+        return self._owners[image.id]
+
+    def has_workdir(self, image: Image, workdir: str) -> bool | None:
+        """Whether an image has this folder; None when that was not asked yet."""
+        known = self._paths(image).get(workdir)
+        return None if known is None else known is not Standing.NOTHING
+
+    def plan(
+        self, engine: Engine, container: str, image: Image, workdir: str, entries: Iterable[Entry], check: Callable[[], None]
+    ) -> list[Entry]:
+        """What is to be put for a tree to stand in the workdir, by paths below `/`: folders first, links last. Raises RunEnds
+        for what is in its way, and what `check` raises."""
+        root, known = workdir[1:], self._paths(image)
+        placed = {posixpath.join(root, each.path).rstrip("/"): each for each in entries}
+        folders = {path: each for path, each in placed.items() if each.is_folder}
+        folders = {path: Entry("", tarfile.DIRTYPE) for path in [root, *folders_of([root, *placed])]} | folders
+        missing: set[str] = set()
+        for path in sorted(folders, key=lambda path: path.count("/")):
+            check()
+            standing = self._look(engine, container, known, path, missing, root)
+            if standing is Standing.NOTHING:
+                missing.add(path)
+            elif standing in {Standing.LINK, Standing.OTHER}:
+                raise RunEnds("start_failed", f"files: /{printable(path)} is {standing.value} in the image")
+        for path in placed.keys() - folders.keys():
+            check()
+            standing = self._look(engine, container, known, path, missing, "")
+            if standing not in {Standing.NOTHING, Standing.OTHER}:
+                raise RunEnds("start_failed", f"files: /{printable(path)} is {standing.value} in the image")
+        order = {tarfile.DIRTYPE: 0, tarfile.REGTYPE: 1, tarfile.LNKTYPE: 2, tarfile.SYMTYPE: 3}
+        wanted = {path: each for path, each in [*folders.items(), *placed.items()] if path in missing or not each.is_folder}
+        return [
+            dataclasses.replace(each, path=path, target=posixpath.join(root, each.target)) if each.kind == tarfile.LNKTYPE
+            else dataclasses.replace(each, path=path)
+            for path, each in sorted(wanted.items(), key=lambda item: (order[item[1].kind], item[0].count("/"), item[0]))
+        ]  # fmt: skip
+
+    def _paths(self, image: Image) -> dict[str, Standing]:
+        with self._lock:
+            known = self._known.setdefault(image.id, {})
+            self._known.move_to_end(image.id)
+            if len(self._known) > MAX_KNOWN_IMAGES:
+                self._known.popitem(last=False)
+                self._owners = {each: owner for each, owner in self._owners.items() if each in self._known}
+            if len(known) > MAX_KNOWN_PATHS:
+                known = self._known[image.id] = {}
+            return known
+
+    @staticmethod
+    def _look(engine: Engine, container: str, known: dict[str, Standing], path: str, missing: set[str], root: str) -> Standing:
+        """What the image has at a path, of which the folder above was looked at. The engine makes the workdir, and folders
+        above it, by itself."""
+        if posixpath.dirname(path) in missing:
+            return Standing.NOTHING
+        if path not in known:
+            own = path == root or root.startswith(f"{path}/")
+            found = None if own and f"/{path}" in engine.added(container) else engine.stat(container, f"/{path}")
+            standing = Standing.OTHER
+            if found is None:
+                standing = Standing.NOTHING
+            elif found[0] & GO_MODE_FOLDER:
+                standing = Standing.FOLDER
+            elif found[0] & GO_MODE_LINK:
+                standing = Standing.LINK
+                with contextlib.suppress(EngineMissing, EngineConflict):
+                    behind = engine.stat(container, found[1]) if found[1] else None
+                    standing = Standing.LINKED if behind and behind[0] & GO_MODE_FOLDER else Standing.LINK
+            known[path] = standing
+        return known[path]
+
+
+def user_and_group(user: str, passwd: str, group: str) -> tuple[int, int]:
+    """The numbers that a runtime finds for an image's USER, `name`, `number`, or either with `:group`, in the image's files;
+    root's for what they do not tell, with which it would refuse to start. Source: passwd(5), group(5), runc's user package."""
+    name, _, group_name = user.partition(":")
+    rows = [row for line in passwd.splitlines() if len(row := line.split(":")) >= 4 and name in {row[0], row[2]}]
+    numbers = [(int(row[2]), int(row[3])) for row in rows if row[2].isdecimal() and row[3].isdecimal()][:1]
+    uid, gid = numbers[0] if numbers else (int(name) if name.isdecimal() else 0, 0)
+    if group_name:
+        rows = [row for line in group.splitlines() if len(row := line.split(":")) >= 3 and group_name in {row[0], row[2]}]
+        found = [int(row[2]) for row in rows if row[2].isdecimal()]
+        gid = found[0] if found else int(group_name) if group_name.isdecimal() else 0
+    return uid, gid
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -3015,7 +3707,7 @@ SHIM = "/.lightrun"  # where it lies in a container, until it is handed out
 SHIM_BASE, SHIM_ROOM = 0x20000000, 4 * MIB  # where it puts a frame, and the room there
 SHIM_PIECE = MIB  # of a file, in one call
 SHIM_GAVE_UP = 125  # its exit code
-AT_FDCWD, EEXIST = -100, 17
+AT_FDCWD, AT_SYMLINK_NOFOLLOW, EEXIST = -100, 0x100, 17
 ANY_RESULT = -(1 << 63)
 HANDED_OUT = b"\0"  # the shim prints this before the program, so that it is known that all was done up to there
 
@@ -3031,7 +3723,10 @@ class Machine:
     calls: dict[str, int]
 
 
-_CALLS = ("read", "write", "close", "openat", "mkdirat", "unlinkat", "dup3", "chdir", "umask", "execve", "exit_group")
+_CALLS = (
+    "read", "write", "close", "openat", "mkdirat", "unlinkat", "symlinkat", "linkat", "fchmodat", "utimensat", "dup3", "chdir",
+    "umask", "execve", "exit_group",
+)  # fmt: skip
 MACHINES = {
     "x86_64": Machine(
         62,
@@ -3076,7 +3771,7 @@ fail:   mov     edi, 125                # with this exit code
         "41bc000000204889e6ba08000000e84e0000004c89e6488b1424e8420000004c89e3488b034885c078dc488b7b08488b7310488b53184c"
         "8b53204c8b43284c8b4b300f05483b43387c1d4883c340ebd231ff31c00f054885c07e0c4801c64829c24885d275eac3bf7d000000b8e7"
         "0000000f05",
-        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 292, 80, 95, 59, 231), strict=True)),
+        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 266, 265, 268, 280, 292, 80, 95, 59, 231), strict=True)),
     ),
     "aarch64": Machine(
         183,
@@ -3116,7 +3811,7 @@ fail:   mov     x0, #125                // with this exit code
         "1400a4d2e1030091020180d217000094e10314aae20340f914000094f30314aa680240f908ffffb7608640a9628e41a9649642a9010000"
         "d4691e40f91f0009eb8b01005473020191f6ffff17000080d2e80780d2010000d41f0000f1ad0000542100008b420000cb22ffffb5c003"
         "5fd6a00f80d2c80b80d2010000d4",
-        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 24, 49, 166, 221, 94), strict=True)),
+        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 36, 37, 53, 88, 24, 49, 166, 221, 94), strict=True)),
     ),
 }
 
@@ -3161,37 +3856,63 @@ def _c(text: str) -> bytes:
     return text.encode(errors="surrogateescape") + b"\0"
 
 
-def hand_out_frames(machine: Machine, request: RunRequest, argv: Sequence[str], environment: list[str]) -> Iterator[bytes]:
-    """What makes the shim this run's program: the folders and files of files_tar, and what the engine's init would do, with
+def hand_out_frames(
+    machine: Machine, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]], workdir: str, stdin: bool,
+    argv: Sequence[str], environment: list[str],
+) -> Iterator[bytes]:  # fmt: skip
+    """What makes the shim this run's program: what a Layout has planned, and what the engine's init would do, with
     execvp(3). A program that cannot be run is left to that init, which says so. Raises ValueError."""
-    folders = [*parent_folders(request.workdir[1:]), request.workdir[1:]]
-    calls: list[tuple[Any, ...]] = [("mkdirat", -EEXIST, AT_FDCWD, _c(f"/{folder}"), 0o755) for folder in folders]
-    calls += [("chdir", 0, _c(request.workdir)), ("umask", 0, 0)]
-    calls += [("mkdirat", -EEXIST, AT_FDCWD, _c(folder), 0o777) for folder in sorted(folders_of(request.files))]
-    size = 0
-    for path, content in request.files.items():
-        calls.append(("unlinkat", ANY_RESULT, AT_FDCWD, _c(path), 0))
-        calls.append(("openat", 3, AT_FDCWD, _c(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o777))
-        for start in range(0, len(content), SHIM_PIECE):
-            piece = content[start : start + SHIM_PIECE]
-            calls.append(("write", len(piece), 3, piece, len(piece)))
-            size += len(piece)
-            if size > SHIM_PIECE or len(calls) > 1000:
-                yield shim_frame(machine, calls)
-                calls, size = [], 0
-        calls.append(("close", 0, 3))
-    calls.append(("umask", 0, 0o022))
-    if request.stdin is None:
+    calls: list[tuple[Any, ...]] = [("umask", 0, 0)]
+    size, folders = 0, list[Entry]()
+    for entry in planned:
+        path = _c(f"/{entry.path}")
+        if entry.kind == tarfile.DIRTYPE:
+            calls.append(("mkdirat", -EEXIST, AT_FDCWD, path, entry.mode | 0o700))
+            folders.append(entry)
+            continue
+        calls.append(("unlinkat", ANY_RESULT, AT_FDCWD, path, 0))
+        if entry.kind == tarfile.SYMTYPE:
+            calls.append(("symlinkat", 0, _c(entry.target), AT_FDCWD, path))
+        elif entry.kind == tarfile.LNKTYPE:
+            calls.append(("linkat", 0, AT_FDCWD, _c(f"/{entry.target}"), AT_FDCWD, path, 0))
+        else:
+            calls.append(("openat", 3, AT_FDCWD, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, entry.mode))
+            for piece in pieces(entry.content):
+                for start in range(0, len(piece), SHIM_PIECE):
+                    part = piece[start : start + SHIM_PIECE]
+                    calls.append(("write", len(part), 3, part, len(part)))
+                    size += len(part)
+                    if size > SHIM_PIECE:
+                        yield shim_frame(machine, calls)
+                        calls, size = [], 0
+            calls.append(("close", 0, 3))
+        calls += _dated(entry)
+        if len(calls) > 1000:
+            yield shim_frame(machine, calls)
+            calls, size = [], 0
+    for entry in reversed(folders):  # when nothing more is put into them
+        calls += [("fchmodat", 0, AT_FDCWD, _c(f"/{entry.path}"), entry.mode)] if entry.mode & 0o700 != 0o700 else []
+        calls += _dated(entry)
+    calls += [("umask", 0, 0o022), ("chdir", 0, _c(workdir))]
+    if not stdin:
         calls += [("openat", 3, AT_FDCWD, _c(os.devnull), os.O_RDONLY), ("dup3", 0, 3, 0, 0), ("close", 0, 3)]
     calls += [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0), ("write", 1, 1, HANDED_OUT, 1)]
     arguments, variables = list(map(_c, argv)), list(map(_c, environment))
-    path = next(variable[5:] for variable in environment if variable.startswith("PATH="))
-    places = [argv[0]] if "/" in argv[0] else [f"{folder or '.'}/{argv[0]}" for folder in path.split(":")]
+    search = next(variable[5:] for variable in environment if variable.startswith("PATH="))
+    places = [argv[0]] if "/" in argv[0] else [f"{folder or '.'}/{argv[0]}" for folder in search.split(":")]
     init = "/sbin/docker-init"
     calls += [("execve", ANY_RESULT, _c(place), arguments, variables) for place in places]
     calls.append(("execve", ANY_RESULT, _c(init), [_c(init), _c("-s"), _c("--"), *arguments], variables))
     calls.append(("exit_group", 0, 126))
     yield shim_frame(machine, calls)
+
+
+def _dated(entry: Entry) -> list[tuple[Any, ...]]:
+    """The call that gives an entry its time."""
+    if entry.modified is None:
+        return []
+    times = struct.pack("<4q", *2 * (int(entry.modified), 0))
+    return [("utimensat", 0, AT_FDCWD, _c(f"/{entry.path}"), times, AT_SYMLINK_NOFOLLOW)]
 
 
 def container_environment(image: Image, hostname: str, home: str, env: Mapping[str, str]) -> list[str]:
@@ -3242,8 +3963,9 @@ class Warm:
 class Pools:
     """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place."""
 
-    def __init__(self, settings: Settings, engine: Engine, slots: Slots, is_busy: Callable[[], bool]) -> None:
-        self._settings, self._engine, self._slots, self._is_busy = settings, engine, slots, is_busy
+    def __init__(self, settings: Settings, engine: Engine, layout: Layout, slots: Slots, is_busy: Callable[[], bool]) -> None:
+        self._settings, self._engine, self._layout, self._slots = settings, engine, layout, slots
+        self._is_busy = is_busy
         self._pools = [self._pool(*parse_warm(text)) for text in settings.warm]
         self._machine: Machine | None = None  # the engine's
         self._lock = threading.Lock()  # guards all below
@@ -3260,7 +3982,7 @@ class Pools:
             request = RunRequest.parse(to_json(body), self._settings)
         except LightrunError as error:
             raise UsageError(f"--warm {image}: {error.more.get('details', error)}") from error
-        return Pool(request.reference, count, request)
+        return Pool(request.reference, count, dataclasses.replace(request, workdir=None))
 
     def start(self) -> None:
         """Begin to fill."""
@@ -3288,16 +4010,25 @@ class Pools:
     def _fits(self, warm: Warm, image: Image, request: RunRequest) -> bool:
         ours = warm.pool.request
         same = all(getattr(ours, name) == getattr(request, name) for name in ("network", "memory", "cpus", "pids", "file_size"))
-        roomy = image.root or (not request.files and request.workdir == ours.workdir)  # else a folder cannot be made
+        own = (
+            request.workdir == DEFAULT_WORKDIR and not request.setup and self._layout.has_workdir(image, DEFAULT_WORKDIR) is False
+        )
+        roomy = image.root or own  # else a folder cannot be made
         plain = bool(request.command or image.command) and not (request.env.get("HOME") == "" and image.has("HOME"))
         return same and roomy and plain and warm.image.id == image.id
 
-    def hand_out(self, warm: Warm, request: RunRequest) -> bool:
-        """Send a run to a warm container; false when it did not get all of that, so that no program has begun."""
+    def hand_out(
+        self, warm: Warm, request: RunRequest, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]]
+    ) -> bool:
+        """Send a run to a warm container, with what a Layout has planned; false when it did not get all of that, so that no
+        program has begun."""
         assert self._machine
         environment = container_environment(warm.image, warm.container[:12], warm.home, request.env)
+        command, workdir = request.command or warm.image.command, request.workdir or "/"
         try:
-            for frame in hand_out_frames(self._machine, request, request.command or warm.image.command, environment):
+            for frame in hand_out_frames(
+                self._machine, planned, pieces, workdir, request.stdin is not None, command, environment
+            ):
                 warm.output.wire.send(frame)
         except (OSError, ValueError) as error:
             log.warning("a warm container cannot be used: %s", error)
@@ -3431,9 +4162,12 @@ class Pools:
             self._ids.add(run_id)
         try:
             container = self._engine.create(run_id, image, pool.request, slot.parent if slot else "")
-            self._engine.put(container, files_tar("/.", {SHIM[1:]: shim(self._machine)}, False, time.time()))
+            program = shim(self._machine)
+            placed = [Entry(SHIM[1:], content=program, size=len(program))]
             if not image.root:
-                self._engine.put(container, files_tar(pool.request.workdir, {}, True, time.time()))
+                placed += self._layout.plan(self._engine, container, image, DEFAULT_WORKDIR, [], lambda: None)
+            owner = self._layout.owner(self._engine, container, image)
+            self._engine.put(container, put_tar(placed, owner, lambda _: iter([program]), time.time()))
             wire = self._engine.attach_whole(container)
             if slot:
                 slot.begin()
@@ -3719,29 +4453,53 @@ def choose_victims(candidates: Iterable[tuple[str, int]], spared: str, excess_by
 
 
 class Evictor:
-    """Removes whole runs, record and folder."""
+    """Removes whole runs, record and folder, but those to whose artifacts an accepted run refers that has not started."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store, self._root = store, settings.artifacts_root()
         self._max_bytes, self._max_runs = settings.max_artifacts_bytes, settings.keep
         self._lock = threading.Lock()  # one eviction at a time, or two would count the same excess
+        self._held_lock = threading.Lock()  # guards all below; no record is removed without it
+        self._held: collections.Counter[str] = collections.Counter()
+        self._uploads = 0  # bytes of uploads of runs that have not started
+
+    def hold(self, run_ids: Iterable[str], upload: Upload | None) -> contextlib.ExitStack:
+        """Keep what these runs have left, and count an upload, until that is closed."""
+        held, size = collections.Counter(set(run_ids)), upload.size if upload else 0
+        with self._held_lock:
+            self._held += held
+            self._uploads += size
+        until = contextlib.ExitStack()
+        until.callback(self._let_go, held, size)
+        if upload:
+            until.callback(upload.close)
+        return until
+
+    def _let_go(self, held: collections.Counter[str], size: int) -> None:
+        with self._held_lock:
+            self._held -= held
+            self._uploads -= size
 
     def evict(self, just_finished: str) -> None:
         """Bring what is kept under the caps."""
         with self._lock:
             size, count = self._store.usage()
-            excess = size - self._max_bytes, count - self._max_runs
+            excess = size + self._uploads - self._max_bytes, count - self._max_runs
             if max(excess) <= 0:
                 return
-            for run_id in choose_victims(self._store.removable(), just_finished, *excess):
-                with contextlib.suppress(NotFound):  # deleted by a client meanwhile
+            candidates = (each for each in self._store.removable() if each[0] not in self._held)
+            for run_id in choose_victims(candidates, just_finished, *excess):
+                with contextlib.suppress(NotFound, Conflict):  # deleted by a client meanwhile, or held
                     self.remove(run_id)
                     log.info("evicted run %s", run_id)
 
     def remove(self, run_id: str) -> None:
         """Remove a finished run. The record goes first: a folder without one is recognised and removed at the next
         start, a record without its folder would promise artifacts that are not there. Raises NotFound, Conflict."""
-        self._store.delete(run_id)
+        with self._held_lock:
+            if run_id in self._held:
+                raise Conflict("a run that has not started refers to its artifacts", "in_use")
+            self._store.delete(run_id)
         remove_tree(self._root / run_id)
 
 
@@ -3848,8 +4606,11 @@ HEARD_NEXT = {
 class Job:
     """A run in progress: its record, its request, its log, what is heard of its container, and what is asked of it."""
 
-    def __init__(self, run: Run, request: RunRequest, settings: Settings) -> None:
-        self.run, self.request = run, request
+    def __init__(
+        self, run: Run, request: RunRequest, settings: Settings, tree: Tree, held: contextlib.ExitStack | None = None
+    ) -> None:
+        self.run, self.request, self.tree = run, request, tree
+        self.held = held or contextlib.ExitStack()  # what goes into its container, until it is there
         run.split_logs = request.split_logs
         self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
         self.slot: Slot | None = None  # what counts its usage
@@ -3898,6 +4659,15 @@ class Job:
             self.asked = ask
         self.patience.ring(hurry=ask.drops or not self.begun)
 
+    def pieces(self, content: Content) -> Iterator[bytes]:
+        """Content that goes into the container, piece by piece. Raises RunEnds."""
+        try:
+            for piece in self.tree.pieces(content):
+                self.check()
+                yield piece
+        except (OSError, ValueError, NotFound) as error:
+            raise RunEnds("start_failed", f"its files cannot be read: {error}") from error
+
     def check(self) -> None:
         """Raises RunEnds when the run should not go on to its start."""
         if self.asked:
@@ -3933,6 +4703,7 @@ class Job:
 
     def close(self) -> None:
         """Let go of what a finished run does not need."""
+        self.held.close()
         self.patience.close()
         self.close_streams()
 
@@ -4118,8 +4889,9 @@ class Runner:
         self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
         self._places = Places(settings.max_concurrent, settings.queue, self._execute)
         self._pulls = Pulls(engine, settings.pull_timeout)
+        self._layout = Layout()
         self.slots = Slots(engine, store.id)
-        self.pools = Pools(settings, engine, self.slots, lambda: self._places.queued() > 0)
+        self.pools = Pools(settings, engine, self._layout, self.slots, lambda: self._places.queued() > 0)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -4127,22 +4899,29 @@ class Runner:
 
     # -- taking runs in, and looking at them
 
-    def submit(self, request: RunRequest, raw: bytes, key: str | None = None) -> tuple[str, Job | None]:
-        """Accept a run: its id, which is recorded then, and itself, None when it has ended. With the idempotency key of
-        another run, that one, if the body is the same. Raises Unavailable, Conflict."""
+    def submit(
+        self, request: RunRequest, key: str | None, digest: Callable[[], str], upload: Upload | None = None
+    ) -> tuple[str, Job | None]:
+        """Accept a run, and take its upload over: its id, which is recorded then, and itself, None when it has ended. With the
+        idempotency key of another run, that one, if what was sent has the same digest. Raises Unavailable, Conflict,
+        BadRequest for a tree that cannot be put."""
         if key is None:
-            return self._accept(request, None, "")
-        digest = hashlib.sha256(raw).hexdigest()
+            job = self._accept(request, None, "", upload)
+            return job.run.id, job
+        mine = digest()
         with self._key_lock:
             known = self._store.find_key(key)
             if known is None:
-                return self._accept(request, key, digest)
+                job = self._accept(request, key, mine, upload)
+                return job.run.id, job
         run_id, known_digest = known
-        if known_digest != digest:
+        if known_digest != mine:
             raise Conflict("the Idempotency-Key belongs to a run with another body")
+        if upload:
+            upload.close()
         return run_id, self.job(run_id)
 
-    def _accept(self, request: RunRequest, key: str | None, digest: str) -> tuple[str, Job]:
+    def _accept(self, request: RunRequest, key: str | None, digest: str, upload: Upload | None) -> Job:
         if self.stopping:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         if not self._keeper.engine_up:
@@ -4150,24 +4929,49 @@ class Runner:
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
         waited = not request.detached and key is None
         run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
-        self._places.take()
-        try:
-            job = Job(run, request, self._settings)
-            with self._lock:  # before anybody can see the record, of which half is here
-                self._jobs[run.id] = job
-            self._store.add(run, key, digest, None if waited else request.pack())
-        except BaseException as error:
-            self._places.give_back()
-            with self._lock:
-                unseen = self._jobs.pop(run.id, None)
-            if unseen:
-                unseen.done.set()
-                unseen.close()
-            if isinstance(error, OSError):
-                raise Unavailable("busy", f"lightrun has no room for another run: {error.strerror}") from error
-            raise
+        with contextlib.ExitStack() as undone:
+            held = undone.enter_context(self._hold(request, upload))
+            tree = self._tree(request, upload)
+            tree.check()
+            self._places.take()
+            undone.callback(self._places.give_back)
+            job = self._enter(run, request, tree, held)
+            undone.callback(self._leave, job)
+            self._store.add(run, key, digest, None if waited else request.pack(), upload)
+            undone.pop_all()
+        if upload:
+            with contextlib.suppress(Unavailable):
+                self._evictor.evict("")
         self._places.enqueue(job)
-        return run.id, job
+        return job
+
+    def _hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
+        """What a run refers to, until it has started."""
+        return self._evictor.hold([each.run_id for each in request.contents() if isinstance(each, Reference)], upload)
+
+    def _tree(self, request: RunRequest, upload: Upload | None) -> Tree:
+        return Tree(request, upload, self._settings.artifacts_root(), self._artifacts)
+
+    def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
+        """What a run that has ended has kept. Raises NotFound."""
+        return list(self._store.tail(run_id).get("artifacts", []))
+
+    def _enter(self, run: Run, request: RunRequest, tree: Tree, held: contextlib.ExitStack) -> Job:
+        """A job for everybody to see, before there is a record, of which half would be here. Raises Unavailable."""
+        try:
+            job = Job(run, request, self._settings, tree, held)
+        except OSError as error:
+            raise Unavailable("busy", f"lightrun has no room for another run: {error.strerror}") from error
+        with self._lock:
+            self._jobs[run.id] = job
+        return job
+
+    def _leave(self, job: Job) -> None:
+        """It was not accepted after all."""
+        with self._lock:
+            del self._jobs[job.run.id]
+        job.done.set()
+        job.close()
 
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
@@ -4175,7 +4979,8 @@ class Runner:
         for head, waited, begun, fed, asked, meter in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
             packed = self._store.request(run.id)  # a waiting client's is not stored
-            job = Job(run, RunRequest.unpack(packed, run.image), self._settings)
+            request, upload = RunRequest.unpack(packed, run.image), self._store.upload(run.id)
+            job = Job(run, request, self._settings, self._tree(request, upload), self._hold(request, upload))
             job.take_up(bool(begun), bool(fed))
             job.slot = self.slots.take(meter) if meter else None
             if ask := Ask.parse(asked) or self._refusal(job, packed):
@@ -4359,13 +5164,14 @@ class Runner:
         if job.hearing is Hearing.NOTHING:
             image = self._image(job, engine)
             job.run.image_id = image.id
+            if request.workdir is None and image.workdir != "/":
+                request = job.request = dataclasses.replace(request, workdir=image.workdir)
             if self._hand_out(job, engine, image):
                 return
             job.touched = True
             job.slot = job.slot or self.slots.take()
             job.container = engine.create(job.run.id, image, request, job.slot.parent if job.slot else "")
-            if request.files or not image.root:
-                engine.put(job.container, files_tar(request.workdir, request.files, not image.root, time.time()))
+            self._put(job, engine, image)
             job.hear(Hearing.LIVE, engine.attach(job.container))
             job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
             job.check()
@@ -4380,19 +5186,43 @@ class Runner:
         job.killing.by(time.monotonic() + request.timeout)
         self._feed(job)
 
+    def _put(self, job: Job, engine: Engine, image: Image) -> None:
+        """Put the run's tree into its container."""
+        planned, owner = self._plan(job, engine, job.container, image), self._layout.owner(engine, job.container, image)
+        if job.request.setup:
+            planned.append(Entry(SETUP_MARK[1:], mode=0o644))
+        if planned:
+            engine.put(job.container, put_tar(planned, owner, job.pieces, time.time()))
+
+    def _plan(self, job: Job, engine: Engine, container: str, image: Image) -> list[Entry]:
+        """What is to be put for the run's tree. Raises RunEnds."""
+        if job.request.workdir is None:
+            return []
+        try:
+            return self._layout.plan(engine, container, image, job.request.workdir, job.tree.entries(), job.check)
+        except BadRequest as error:  # an earlier daemon's run, whose artifacts have gone since
+            raise RunEnds("start_failed", f"its files cannot be had any more: {error.more}") from error
+
     def _hand_out(self, job: Job, engine: Engine, image: Image) -> bool:
         """The twin of create, put, attach and start: give the run to a warm container. False when it is to start cold; then no
         program of it has begun."""
         warm = self.pools.take(image, job.request) if job.run.waited else None
         if warm is None:
             return False
+        try:
+            planned = self._plan(job, engine, warm.container, image)
+        except BaseException:
+            self.pools.discard(warm)
+            raise
+        if job.request.setup:
+            planned.append(Entry(SETUP_MARK[1:], mode=0o644))
         job.warm, job.container, job.slot = warm, warm.container, warm.slot
         meter = warm.slot.begin(again=True) if warm.slot else None
         self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
         if warm.slot:
             warm.slot.started()
         sent = job.now()
-        if not self._became(job, warm):
+        if not self._became(job, warm, planned):
             if not self._is_untouched(warm, engine):
                 raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
             job.hear(Hearing.NOTHING)
@@ -4410,11 +5240,11 @@ class Runner:
         self._feed(job)
         return True
 
-    def _became(self, job: Job, warm: Warm) -> bool:
+    def _became(self, job: Job, warm: Warm, planned: Sequence[Entry]) -> bool:
         """Send a run to a warm container, and wait for the word that all was done up to its program."""
         wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
         wire.patience = job.patience
-        whole = self.pools.hand_out(warm, job.request)
+        whole = self.pools.hand_out(warm, job.request, planned, job.pieces)
         job.log.hide(len(HANDED_OUT))
         job.hear(Hearing.LIVE, warm.output)
         while whole and job.log.hidden:
@@ -4463,17 +5293,20 @@ class Runner:
 
     def _feed(self, job: Job) -> None:
         """Have the stdin of a started run written, by a thread of its own; let go of what the run's start needed."""
-        data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None)  # which may be large
+        data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None, tar=None)  # may be large
+        if not isinstance(data, Reference):
+            job.held.close()
         if job.stdin and data is not None:
             threading.Thread(target=self._write_stdin, args=(job, job.stdin, data), name="stdin", daemon=True).start()
         elif not job.fed:  # by an earlier daemon, and not whole: the program may take that for the end of its input
             job.ask(Ask("interrupted"))
 
-    def _write_stdin(self, job: Job, stdin: Reply, data: bytes) -> None:
+    def _write_stdin(self, job: Job, stdin: Reply, data: Content) -> None:
         """Write a run's stdin. An engine takes it, or waits, as long as the container runs, so that a connection that breaks
         before has cut the program's input."""
         try:
-            stdin.wire.send(data)
+            for piece in job.tree.pieces(data):
+                stdin.wire.send(piece)
             stdin.wire.half_close()
             if job.warm is None:  # the engine ends it when all was taken; a warm container's carries the output as well
                 with contextlib.closing(stdin):
@@ -4481,9 +5314,11 @@ class Runner:
             job.fed = True
             if not job.run.waited:
                 self._insist(job, lambda: self._store.fed(job.run.id))
-        except OSError:
+        except (OSError, NotFound):
             job.starved = job.now()
             job.patience.ring()
+        finally:
+            job.held.close()
 
     def _image(self, job: Job, engine: Engine) -> Image:
         """The run's image, pulled if need be. Raises RunEnds."""
@@ -4600,6 +5435,8 @@ class Runner:
             elapsed = max(0.0, now - job.shift - started)
             job.killing.by(time.monotonic() + job.request.timeout - elapsed)
         job.run.image_id, job.run.started = state.image_id, max(job.run.created, started + job.shift)
+        if job.request.workdir is None:
+            job.request = dataclasses.replace(job.request, workdir=state.workdir)
         job.log.nudge()
 
     def _listen(self, job: Job, engine: Engine, seconds: float) -> bool:
@@ -4686,11 +5523,22 @@ class Runner:
             "interrupted": "killed because lightrun went away under it",
             "engine_error": job.asked.why if job.asked and job.taken else STDIN_BROKE,
         }.get(reason)
+        if reason == "exited" and state.exit_code and job.request.setup:
+            ending["error"] = self._failed_setup(job, engine, state.exit_code)
         kept_anyway = job.request.extract_on_exit and reason in EXTRACTED
         if job.request.extract and (kept_anyway or (state.exit_code == 0 and reason in {"exited", "stopped"})):
             job.enter("extracting")
             ending |= self._extract(job, engine)
         return ending
+
+    @staticmethod
+    def _failed_setup(job: Job, engine: Engine, exit_code: int) -> str | None:
+        """Which setup command a run came to and not past; None when it came to its entrypoint."""
+        with contextlib.suppress(EngineError):
+            which = engine.text(job.container, SETUP_MARK).strip()
+            if which.isdecimal() and len(which) < 3:
+                return f"setup[{which}] failed with exit code {exit_code}"
+        return None
 
     def _reason(self, job: Job, engine: Engine, state: ContainerState) -> str:
         name, reason = job.killing.unanswered, job.killing.reason  # the engine may have taken it all the same
@@ -4744,17 +5592,21 @@ class Runner:
         extraction = Extraction(self._settings.artifacts_root(), job.run.id, self._settings.extract_limit, check)
         extraction.discard()  # of an earlier try, which the engine's absence cut short
         try:
-            extracted = [{"from": path, **self._keep(job, engine, extraction, path, check)} for path in job.request.extract]
+            extracted = [
+                {"from": path, **self._keep(job, engine, extraction, path, to, check)} for path, to in job.request.extract
+            ]
             if job.dropped:
                 raise RunEnds("cancelled", "cancelled")
         except RunEnds:
             extraction.discard()
-            return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path in job.request.extract]}
+            return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path, _ in job.request.extract]}
         return {"artifacts": extraction.artifacts, "extracted": extracted}
 
-    def _keep(self, job: Job, engine: Engine, extraction: Extraction, path: str, check: Callable[[], None]) -> dict[str, Any]:
+    def _keep(
+        self, job: Job, engine: Engine, extraction: Extraction, path: str, to: str | None, check: Callable[[], None]
+    ) -> dict[str, Any]:
         """One entry of `extract`."""
-        absolute = clean_path(posixpath.join(job.request.workdir, path))
+        absolute = clean_path(posixpath.join(job.request.workdir or "/", path))
 
         def copy_out() -> dict[str, Any]:
             check()
@@ -4764,7 +5616,7 @@ class Runner:
                     raise ArtifactError("is a link")
                 if mode & GO_MODE_OTHER:
                     raise ArtifactError("is neither a file nor a folder")
-                return extraction.keep(tar, bool(mode & GO_MODE_FOLDER))
+                return extraction.keep(tar, bool(mode & GO_MODE_FOLDER), to)
 
         try:
             return {"status": "ok", **self._persist(job, copy_out)}
@@ -4790,7 +5642,7 @@ class Runner:
         if job.request.extract and "extracted" not in ending:
             why = f"exit code {ending['exit_code']}" if ending["reason"] in {"exited", "stopped"} else ending["reason"]
             why += ", and extractOn is success" if ending["reason"] in EXTRACTED else ""
-            ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path in job.request.extract]
+            ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path, _ in job.request.extract]
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
         )
@@ -4805,6 +5657,7 @@ class Runner:
         job.done.set()
         job.log.nudge(ended=True)
         job.close_streams()
+        job.held.close()
         log.info("run %s %s (%s)%s", run.id, run.status, run.reason, "".join(f" {name}={n}" for name, n in run.usage.items()))
         if run.callback:
             self._callbacks.owe(run.id)
@@ -4972,18 +5825,22 @@ class Call:
         """Whether nobody may wait any longer: the client has closed its side of the connection, or lightrun ends."""
         return self._ending.is_set() or bool(self._environ["waitress.client_disconnected"]())
 
-    def json_body(self) -> bytes:
-        """The raw body, which must call itself JSON. Raises UnsupportedMediaType."""
+    def body(self, kinds: Sequence[str] = (JSON,)) -> tuple[str, IO[bytes]]:
+        """The kind of the body, which must be one of these, and the body. Raises UnsupportedMediaType."""
         kind = self._environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
-        if kind != JSON:
-            raise UnsupportedMediaType("the body must be application/json")
-        return bytes(self._environ["wsgi.input"].read())
+        if kind not in kinds:
+            raise UnsupportedMediaType(f"the body must be {' or '.join(kinds)}")
+        return kind, self._environ["wsgi.input"]
+
+    def upload(self, body: IO[bytes]) -> Upload:
+        """The parts of a body that is multipart/form-data. Raises BadRequest."""
+        return Upload.parse(body, self._environ["CONTENT_TYPE"])
 
     def optional_json(self, schema: dict[str, Any]) -> dict[str, Any]:
         """The body by its schema; {} for none. Raises BadRequest, UnsupportedMediaType."""
         if self._environ.get("CONTENT_LENGTH") in {None, "", "0"}:
             return {}
-        return _checked(self.json_body(), Schema(schema))
+        return _checked(self.body()[1].read(), Schema(schema))
 
 
 STOP_SCHEMA = {
@@ -5119,7 +5976,8 @@ def file_answer(call: Call, file: IO[bytes], name: str) -> Answer:
 def content_disposition(name: str) -> str:
     """`attachment` with a name of any characters: RFC 6266 with RFC 8187, and an ASCII one for old clients."""
     plain = re.sub(r"[^ !#-\[\]-~]|%", "_", name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+    extended = "" if plain == name else f"; filename*=UTF-8''{urllib.parse.quote(name, safe='')}"
+    return f'attachment; filename="{plain}"{extended}'
 
 
 def _object(required: str, **properties: Any) -> dict[str, Any]:
@@ -5178,7 +6036,8 @@ def _operation(route: Route) -> dict[str, Any]:
     parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in route.query.items()]
     if route.handler == "run":
         parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {**_TEXT, "minLength": 1, "maxLength": 200}})
-    body = {"requestBody": {"required": route.handler == "run", **content({JSON: route.body})}} if route.body else {}
+    bodies = {JSON: route.body, **({FORM: "RunForm"} if route.handler == "run" else {})}
+    body = {"requestBody": {"required": route.handler == "run", **content(bodies)}} if route.body else {}
     open_to_all: dict[str, Any] = {"security": []} if route.path == "/health" else {}
     about = {"operationId": route.handler, "summary": route.summary, "parameters": parameters, "responses": answers}
     return {**about, **body, **open_to_all}
@@ -5187,7 +6046,13 @@ def _operation(route: Route) -> dict[str, Any]:
 def openapi(settings: Settings, metered: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of all routes, from the table that serves them and the one that validates requests."""
     example = {"image": "alpine:3.19", "entrypoint": "echo hello"}
-    schemas = {"RunRequest": {**request_schema(settings, metered), "examples": [example]}, "Stop": STOP_SCHEMA, **ANSWERS}
+    form = {
+        "type": "object", "required": ["run"], "additionalProperties": {"type": "string", "contentMediaType": BYTES},
+        "properties": {"run": {"$ref": REFERENCE + "RunRequest"}, "tar": {"type": "string", "contentMediaType": TAR}},
+        "description": "The request as run, files to be unpacked in the workdir as tar, and any others each under its path.",
+    }  # fmt: skip
+    request = {**request_schema(settings, metered), "examples": [example]}
+    schemas = {"RunRequest": request, "RunForm": form, "Stop": STOP_SCHEMA, **ANSWERS}
     schemes = {"token": {"type": "http", "scheme": "bearer"}} if settings.token or settings.token_file else {}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -5348,14 +6213,30 @@ class Api:
 
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
         """The accepted run, and whether it is detached; the body, which may be large, is not held longer."""
-        raw = call.json_body()
-        request = RunRequest.parse(raw, self._settings, metered=self._runner.metered())
         key = call.header("Idempotency-Key", None)
         if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
-        if not request.detached:
+        kind, body = call.body((JSON, FORM))
+        if kind == JSON:
+            raw = body.read()
+            return self._accepted(call, place, key, raw, None)
+        place.enter_context(self._waiting_place())  # while it is checked, or for as long as the client waits
+        upload = call.upload(body)
+        try:
+            assert upload.run
+            return self._accepted(call, place, key, upload.read(upload.run), upload)
+        except BaseException:
+            upload.close()
+            raise
+
+    def _accepted(
+        self, call: Call, place: contextlib.ExitStack, key: str | None, raw: bytes, upload: Upload | None
+    ) -> tuple[str, Job | None, bool]:
+        request = RunRequest.parse(raw, self._settings, self._runner.metered(), upload)
+        if not request.detached and not upload:
             place.enter_context(self._waiting_place())
-        return *self._runner.submit(request, raw, key), request.detached
+        digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
+        return *self._runner.submit(request, key, digest, upload), request.detached
 
     def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
         """Until the run has ended, the time is up or the client has gone."""
@@ -5502,11 +6383,6 @@ class Api:
         return Answer(200, Stream(call, pieces, place or self._waiting_place()), {"Content-Type": kind})
 
 
-def printable(text: str) -> str:
-    """A client's text for the log, where no character may look like another line."""
-    return "".join(character if character.isprintable() else "?" for character in text[:1024])
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Serving: sockets, the gate, signals, logs
 # --------------------------------------------------------------------------------------------------------------------
@@ -5564,10 +6440,47 @@ def is_length_certain(header: bytes, version: str, content_length: bool) -> bool
     return not encodings or ([name.lower() for name in encodings] == [b"chunked"] and version == "1.1" and not content_length)
 
 
-def _parser_class(gate: Gate) -> type:
+def _spooling_parser(folder: Path) -> type:
+    """waitress's reading of requests, where a large body becomes a file of this folder: the system's own for temporary files
+    may be memory."""
+    import waitress.buffers
+    import waitress.parser
+    import waitress.utilities
+
+    class SpoolFile(waitress.buffers.TempfileBasedBuffer):
+        def newfile(self) -> Any:
+            return tempfile.NamedTemporaryFile("w+b", dir=folder, prefix="upload-")
+
+    class Spool(waitress.buffers.OverflowableBuffer):
+        def _set_large_buffer(self) -> None:
+            self.buf: Any = SpoolFile(self.buf)
+            self.overflowed = True
+
+    class NoRoom(waitress.utilities.Error):
+        code, reason = 503, "Service Unavailable"
+
+    class Parser(waitress.parser.HTTPRequestParser):
+        def parse_header(self, header_plus: bytes) -> None:
+            super().parse_header(header_plus)
+            if self.body_rcv:
+                self.body_rcv.buf = Spool(self.adj.inbuf_overflow)
+
+        def received(self, data: bytes) -> int:
+            try:
+                return int(super().received(data))
+            except OSError as error:
+                self.error, self.completed = NoRoom(str(error.strerror)), True
+                return len(data)
+
+    return Parser
+
+
+def _parser_class(gate: Gate, folder: Path) -> type:
     """waitress's reading of requests with this gate, and JSON for the errors that it answers by itself."""
     import waitress.parser
     import waitress.utilities
+
+    base: Any = _spooling_parser(folder)
 
     class JsonError(waitress.utilities.Error):
         def __init__(self, status: int, body: dict[str, Any], headers: Mapping[str, str]) -> None:
@@ -5577,12 +6490,12 @@ def _parser_class(gate: Gate) -> type:
             headers = [("Content-Type", "application/json"), *self._headers.items()]
             return f"{self.code} {http.client.responses[self.code]}", headers, self._json
 
-    class Parser(waitress.parser.HTTPRequestParser):
+    class Parser(base):  # type: ignore[misc]  # a class made here
         _error: JsonError | None = None
         _judged = False
         path = ""
 
-        @property  # type: ignore[override]  # a plain attribute there
+        @property
         def error(self) -> JsonError | None:
             return self._error
 
@@ -5590,8 +6503,13 @@ def _parser_class(gate: Gate) -> type:
         def error(self, error: Any) -> None:
             if error is not None and not isinstance(error, JsonError):
                 codes = {400: "bad_request", 413: "too_large", 431: "headers_too_large", 501: "not_implemented"}
+                codes |= {503: "storage_unavailable"}
                 limit = self.adj.max_request_body_size - 1
-                more = {"message": f"the body has more than {limit} bytes, which is --body-limit"} if error.code == 413 else {}
+                words = {
+                    413: f"the body has more than {limit} bytes, which is --body-limit",
+                    503: f"the body cannot be written to the state dir: {error.body}",
+                }
+                more = {"message": words[error.code]} if error.code in words else {}
                 error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, {})
             self._error = error
             self.expect_continue = False  # no "100 Continue" before a refusal
@@ -5618,14 +6536,14 @@ def _parser_class(gate: Gate) -> type:
     return Parser
 
 
-def _channel_class(gate: Gate) -> type:
+def _channel_class(gate: Gate, folder: Path) -> type:
     """waitress's connections, of which none may hold a thread by not reading, but a stream that has its place for that."""
     import waitress.channel
 
     base: Any = waitress.channel.HTTPChannel
 
     class Channel(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
-        parser_class = _parser_class(gate)
+        parser_class = _parser_class(gate, folder)
         _writing = False
 
         def service(self) -> None:
@@ -5740,7 +6658,7 @@ class Server:
         self._server = server
         self._loop = threading.Thread(target=server.run, name="server", daemon=True)
         server.adj.socket_options = [*server.adj.socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-        server.channel_class = _channel_class(gate)
+        server.channel_class = _channel_class(gate, settings.state_dir / "secrets")
         server.accept, server.readable, server.maintenance = self._accept, self._readable, self._close_stalled
 
     def start(self) -> None:

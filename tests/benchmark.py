@@ -78,9 +78,7 @@ class Row:
     bar: str = ""
 
 
-def compare(
-    what: str, ours: Sequence[float], against: str, theirs: Sequence[float], unit: str = "ms", bar: str = ""
-) -> Row:
+def compare(what: str, ours: Sequence[float], against: str, theirs: Sequence[float], unit: str = "ms", bar: str = "") -> Row:
     """The row of two series that were measured in turn."""
     ratio = statistics.median(mine / other for mine, other in zip(ours, theirs, strict=True))
     return Row(what, statistics.median(ours), unit, against, statistics.median(theirs), ratio, bar)
@@ -309,7 +307,10 @@ class Bench:
         began = time.perf_counter()
         container = self.engine.create(str(uuid.uuid4()), self.image, request, slot.parent if slot else "")
         if request.files:
-            self.api.put_archive(container, "/", lightrun.files_tar(request.workdir, request.files, False, time.time()))
+            root = str(request.workdir)[1:]
+            entries = [lightrun.Entry(f"{root}/{path}", content=data, size=len(data)) for path, data in request.files.items()]
+            tar = b"".join(lightrun.put_tar(entries, (0, 0), lambda data: iter([data]), time.time()))
+            self.api.put_archive(container, "/", tar)
         output = self.api.attach(container, stream=True)
         if slot:
             slot.begin()
@@ -775,9 +776,7 @@ def plain_listener(folder: Path, unix: bool) -> socket.socket:
     return listener
 
 
-def _downloads(
-    bench: Bench, daemon: Daemon, client: Client, path: str, transport: str, file: Path
-) -> list[Row]:
+def _downloads(bench: Bench, daemon: Daemon, client: Client, path: str, transport: str, file: Path) -> list[Row]:
     size, buffer = file.stat().st_size, bytearray(MIB)
 
     def check(received: int) -> None:
@@ -835,6 +834,7 @@ def measure_upload(bench: Bench) -> list[Row]:
 
 def measure_start(bench: Bench) -> list[Row]:
     """`--version`, and the first answer of a daemon."""
+
     def version() -> None:
         subprocess.run([sys.executable, str(bench.pyz), "--version"], stdout=subprocess.DEVNULL, check=True)
 

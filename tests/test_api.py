@@ -766,7 +766,7 @@ def test_nothing_is_extracted_after_a_failure(api: Daemon) -> None:
 @pytest.fixture(scope="module")
 def kept(api: Daemon) -> str:
     """The URL of a run's artifacts."""
-    files = {"d/é \"q\".txt": "0123456789", "d/sub/x": "x", "top": "t", "d/empty": ""}
+    files = {'d/é "q".txt': "0123456789", "d/sub/x": "x", "top": "t", "d/empty": ""}
     return f"/runs/{api.run(files=files, entrypoint='true', extract=['.'])['id']}/artifacts"
 
 
@@ -832,11 +832,11 @@ def test_conditional_requests(api: Daemon, kept: str) -> None:
 
 def test_folders_list_their_direct_children(api: Daemon, kept: str) -> None:
     everything = get(api, kept).json()
-    assert [entry["path"] for entry in everything] == ["d", "d/empty", "d/sub", "d/sub/x", "d/é \"q\".txt", "top"]
+    assert [entry["path"] for entry in everything] == ["d", "d/empty", "d/sub", "d/sub/x", 'd/é "q".txt', "top"]
     for path in ("/d", "/d/"):
         children = get(api, kept + path).json()
-        assert children == [entry for entry in everything if entry["path"] in {"d/empty", "d/sub", "d/é \"q\".txt"}]
-    assert get(api, kept + "/d/sub").json() == [{"path": "d/sub/x", "bytes": 1, "type": "file", "mode": "0777"}]
+        assert children == [entry for entry in everything if entry["path"] in {"d/empty", "d/sub", 'd/é "q".txt'}]
+    assert get(api, kept + "/d/sub").json() == [{"path": "d/sub/x", "bytes": 1, "type": "file", "mode": "755"}]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_what_is_absent_has_its_default() -> None:
     request = RunRequest.parse(b'{"image": "alpine:3.19"}', Settings(memory=64 << 20, cpus=0.5, pids=7))
     assert (request.image, request.reference) == ("alpine:3.19", "docker.io/library/alpine:3.19")
     assert (request.files, request.command, request.stdin, request.env) == ({}, None, None, {})
-    assert (request.workdir, request.network, request.timeout) == ("/app", None, 1200)
+    assert (request.workdir, request.network, request.timeout) == (None, None, 1200)  # the image's own workdir
     assert (request.memory, request.cpus, request.pids) == (64 << 20, 0.5, 7)
     assert (request.extract, request.extract_on_exit, request.detached) == ([], False, False)
     assert (request.callback_url, request.callback_secret) == (None, None)
@@ -74,14 +74,14 @@ def test_every_field_arrives() -> None:
     request = parse(
         Settings(allow_network=("web",)), files={"a.txt": "ä", "b/c": {"base64": "AP8="}}, entrypoint=["echo", ""],
         stdin="in", env={"A": "1"}, workdir="/srv//x/", network="web", timeout=1, memory="256m", cpus=0.25, pids=5,
-        extract=["out", "/etc/passwd"], extractOn="exit", detached=True, callbackUrl="https://example.com/x?y",
+        extract=["out", {"from": "/etc/passwd", "to": "users"}], extractOn="exit", detached=True, callbackUrl="https://example.com/x?y",
         callbackSecret="s" * 16,
     )  # fmt: skip
     assert request.files == {"a.txt": "ä".encode(), "b/c": b"\0\xff"}
     assert (request.command, request.stdin, request.env) == (["echo", ""], b"in", {"A": "1"})
     assert (request.workdir, request.network, request.timeout) == ("/srv/x", "web", 0.001)
     assert (request.memory, request.cpus, request.pids) == (256 << 20, 0.25, 5)
-    assert (request.extract, request.extract_on_exit, request.detached) == (["out", "/etc/passwd"], True, True)
+    assert (request.extract, request.extract_on_exit, request.detached) == ([("out", None), ("/etc/passwd", "users")], True, True)
     assert (request.callback_url, request.callback_secret) == ("https://example.com/x?y", "s" * 16)
 
 
@@ -480,7 +480,12 @@ def test_callback_hosts_that_the_list_does_not_name_are_not_allowed() -> None:
     settings = Settings(callback_allow=("*.example.com",))
     for url in ("http://a.example.com", "https://A.EXAMPLE.COM:8080/x"):
         parse(settings, detached=True, callbackUrl=url)
-    for url in ("http://example.com", "http://a.example.com.evil.org", "http://evil.org/?a.example.com", "http://evil.org#a.example.com"):
+    for url in (
+        "http://example.com",
+        "http://a.example.com.evil.org",
+        "http://evil.org/?a.example.com",
+        "http://evil.org#a.example.com",
+    ):
         with pytest.raises(NotAllowed):
             parse(settings, detached=True, callbackUrl=url)
     with pytest.raises(NotAllowed):

@@ -208,7 +208,7 @@ def test_only_plain_files_come_back(lightrun: Daemon, device_image: str) -> None
         "good": b"good\n", "open": None, "closed": None, "closed/f": b"in\n", "d": None, "d/good": b"good\n",
         "d/hard": b"good\n",
     }  # fmt: skip
-    assert {entry["path"]: entry["mode"] for entry in state["artifacts"] if "mode" in entry} == {"good": "0777"}
+    assert {entry["path"]: entry["mode"] for entry in state["artifacts"] if "mode" in entry} == {"good": "777"}
 
 
 def test_an_executable_comes_back_with_its_mode_and_both_its_names(lightrun: Daemon) -> None:

@@ -553,9 +553,7 @@ def test_wait_is_bounded(lightrun_tcp: Daemon, printed: str, wait: str) -> None:
         ({"signal": "SIGUSR1", "grace": 20_000}, "USR1", 0, "succeeded"),
     ],
 )
-def test_stop_leaves_the_program_its_own_exit_code(
-    lightrun_tcp: Daemon, wanted: Any, name: str, code: int, status: str
-) -> None:
+def test_stop_leaves_the_program_its_own_exit_code(lightrun_tcp: Daemon, wanted: Any, name: str, code: int, status: str) -> None:
     run = lightrun_tcp.detach(entrypoint=TRAPPED.format(code=code, signal=name), network="none")
     ready(lightrun_tcp, run)
     assert post(lightrun_tcp, run, "stop", wanted) == 204
@@ -612,9 +610,7 @@ def test_nothing_overrides_a_cancel(daemon: DaemonFactory) -> None:
     assert lightrun.wait(blocker)["reason"] == "cancelled"
 
 
-@pytest.mark.parametrize(
-    ("action", "status", "reason"), [("cancel", "cancelled", "cancelled"), ("stop", "failed", "stopped")]
-)
+@pytest.mark.parametrize(("action", "status", "reason"), [("cancel", "cancelled", "cancelled"), ("stop", "failed", "stopped")])
 def test_a_queued_run_ends_at_once(daemon: DaemonFactory, action: str, status: str, reason: str) -> None:
     lightrun = daemon("--max-concurrent", "1", "--queue", "2")
     blocker = lightrun.detach(entrypoint=LONG, network="none")
