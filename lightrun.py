@@ -3387,86 +3387,74 @@ class Layout:
     What images have is asked once for each and remembered by their ids, of a container of theirs in which nothing has run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _known; what it holds is only added to
-        self._known: collections.OrderedDict[str, dict[str, Standing]] = collections.OrderedDict()
-        self._owners: dict[str, tuple[int, int]] = {}
+        self._lock = threading.Lock()  # guards the order of _known
+        self._known: collections.OrderedDict[str, dict[str, Any]] = collections.OrderedDict()
 
-    def owner(self, engine: Engine, container: str, image: Image) -> tuple[int, int]:
-        """User and group that the image's program runs as."""
-        if image.user in {"", "0", "root", "0:0", "root:root"}:
-            return 0, 0
-        if image.id not in self._owners:
-            files = engine.text(container, "/etc/passwd"), engine.text(container, "/etc/group")
-            self._owners[image.id] = user_and_group(image.user, *files)
-        return self._owners[image.id]
-
-    def has_workdir(self, image: Image, workdir: str) -> bool | None:
-        """Whether an image has this folder; None when that was not asked yet."""
-        known = self._paths(image).get(workdir)
-        return None if known is None else known is not Standing.NOTHING
-
-    def plan(
-        self, engine: Engine, container: str, image: Image, workdir: str, entries: Iterable[Entry], check: Callable[[], None]
-    ) -> list[Entry]:
-        """What is to be put for a tree to stand in the workdir, by paths below `/`: folders first, links last. Raises RunEnds
-        for what is in its way, and what `check` raises."""
-        root, known = workdir[1:], self._paths(image)
-        placed = {posixpath.join(root, each.path).rstrip("/"): each for each in entries}
-        folders = {path: each for path, each in placed.items() if each.is_folder}
-        folders = {path: Entry("", tarfile.DIRTYPE) for path in [root, *folders_of([root, *placed])]} | folders
-        missing: set[str] = set()
-        for path in sorted(folders, key=lambda path: path.count("/")):
-            check()
-            standing = self._look(engine, container, known, path, missing, root)
-            if standing is Standing.NOTHING:
-                missing.add(path)
-            elif standing in {Standing.LINK, Standing.OTHER}:
-                raise RunEnds("start_failed", f"files: /{printable(path)} is {standing.value} in the image")
-        for path in placed.keys() - folders.keys():
-            check()
-            standing = self._look(engine, container, known, path, missing, "")
-            if standing not in {Standing.NOTHING, Standing.OTHER}:
-                raise RunEnds("start_failed", f"files: /{printable(path)} is {standing.value} in the image")
-        order = {tarfile.DIRTYPE: 0, tarfile.REGTYPE: 1, tarfile.LNKTYPE: 2, tarfile.SYMTYPE: 3}
-        wanted = {path: each for path, each in [*folders.items(), *placed.items()] if path in missing or not each.is_folder}
-        return [
-            dataclasses.replace(each, path=path, target=posixpath.join(root, each.target)) if each.kind == tarfile.LNKTYPE
-            else dataclasses.replace(each, path=path)
-            for path, each in sorted(wanted.items(), key=lambda item: (order[item[1].kind], item[0].count("/"), item[0]))
-        ]  # fmt: skip
-
-    def _paths(self, image: Image) -> dict[str, Standing]:
+    def _fact(self, image: Image, name: str, ask: Callable[[], Result]) -> Result:
+        """What is known of an image by some name, asked now if need be."""
         with self._lock:
             known = self._known.setdefault(image.id, {})
             self._known.move_to_end(image.id)
             if len(self._known) > MAX_KNOWN_IMAGES:
                 self._known.popitem(last=False)
-                self._owners = {each: owner for each, owner in self._owners.items() if each in self._known}
+        if name not in known:
             if len(known) > MAX_KNOWN_PATHS:
-                known = self._known[image.id] = {}
-            return known
+                known.clear()
+            known[name] = ask()
+        return known[name]  # type: ignore[no-any-return]
 
-    @staticmethod
-    def _look(engine: Engine, container: str, known: dict[str, Standing], path: str, missing: set[str], root: str) -> Standing:
-        """What the image has at a path, of which the folder above was looked at. The engine makes the workdir, and folders
-        above it, by itself."""
-        if posixpath.dirname(path) in missing:
-            return Standing.NOTHING
-        if path not in known:
-            own = path == root or root.startswith(f"{path}/")
-            found = None if own and f"/{path}" in engine.added(container) else engine.stat(container, f"/{path}")
-            standing = Standing.OTHER
-            if found is None:
-                standing = Standing.NOTHING
-            elif found[0] & GO_MODE_FOLDER:
-                standing = Standing.FOLDER
-            elif found[0] & GO_MODE_LINK:
-                standing = Standing.LINK
-                with contextlib.suppress(EngineMissing, EngineConflict):
-                    behind = engine.stat(container, found[1]) if found[1] else None
-                    standing = Standing.LINKED if behind and behind[0] & GO_MODE_FOLDER else Standing.LINK
-            known[path] = standing
-        return known[path]
+    def owner(self, engine: Engine, container: str, image: Image) -> tuple[int, int]:
+        """User and group that the image's program runs as."""
+        if image.user in {"", "0", "root", "0:0", "root:root"}:
+            return 0, 0
+        files = ("/etc/passwd", "/etc/group")
+        told = functools.partial(map, lambda path: engine.text(container, path), files)
+        return self._fact(image, "user", lambda: user_and_group(image.user, *told()))
+
+    def made(self, engine: Engine, container: str, image: Image, workdir: str) -> list[str]:
+        """What of the way to the workdir the engine has made, since the image has it not, when it made a container with it."""
+        return self._fact(image, f"made {workdir}", lambda: sorted(engine.added(container)))
+
+    def standing(self, engine: Engine, container: str, image: Image, path: str) -> Standing:
+        """What an image has at a path."""
+
+        def look() -> Standing:
+            if (found := engine.stat(container, path)) is None:
+                return Standing.NOTHING
+            if found[0] & GO_MODE_LINK:
+                behind = engine.stat(container, found[1]) if found[1] else None
+                return Standing.LINKED if behind and behind[0] & GO_MODE_FOLDER else Standing.LINK
+            return Standing.FOLDER if found[0] & GO_MODE_FOLDER else Standing.OTHER
+
+        return self._fact(image, path, look)
+
+    def plan(
+        self, engine: Engine, container: str, image: Image, workdir: str, made: Sequence[str], entries: Iterable[Entry],
+        check: Callable[[], None],
+    ) -> list[Entry]:  # fmt: skip
+        """What is to be put for a tree to stand in the workdir, by paths below `/`: folders first, `made` above all, and links
+        last. Raises RunEnds for what is in its way, and what `check` raises."""
+        root, missing = workdir[1:], {path[1:] for path in made}
+        placed = {posixpath.join(root, each.path).rstrip("/"): each for each in entries}
+        folders = dict.fromkeys([path for path in folders_of(placed) if path.startswith(f"{root}/")], Entry("", tarfile.DIRTYPE))
+        folders |= {path: each for path, each in placed.items() if each.is_folder and path != root}
+        wanted = {path: placed.get(path, Entry("", tarfile.DIRTYPE)) for path in missing}
+        for path in [*sorted(folders, key=lambda path: path.count("/")), *(placed.keys() - folders.keys() - {root})]:
+            check()
+            stands = Standing.NOTHING
+            if posixpath.dirname(path) not in missing:
+                stands = self.standing(engine, container, image, f"/{path}")
+            if stands is Standing.NOTHING and path in folders:
+                missing.add(path)
+            elif stands not in ({Standing.FOLDER, Standing.LINKED} if path in folders else {Standing.NOTHING, Standing.OTHER}):
+                raise RunEnds("start_failed", f"files: /{printable(path)} is {stands.value} in the image")
+            if path in missing or path not in folders:
+                wanted[path] = folders.get(path) or placed[path]
+        order = {tarfile.DIRTYPE: 0, tarfile.REGTYPE: 1, tarfile.LNKTYPE: 2, tarfile.SYMTYPE: 3}
+        return [
+            dataclasses.replace(each, path=path, target=f"{root}/{each.target}" if each.kind == tarfile.LNKTYPE else each.target)
+            for path, each in sorted(wanted.items(), key=lambda item: (order[item[1].kind], item[0].count("/"), item[0]))
+        ]
 
 
 def user_and_group(user: str, passwd: str, group: str) -> tuple[int, int]:
@@ -3950,6 +3938,7 @@ class Warm:
     slot: Slot | None
     output: Reply
     started: tuple[float, float, float]
+    made: bool  # the usual workdir, for a user who could not make it
 
     @property
     def alive(self) -> bool:
@@ -4010,10 +3999,7 @@ class Pools:
     def _fits(self, warm: Warm, image: Image, request: RunRequest) -> bool:
         ours = warm.pool.request
         same = all(getattr(ours, name) == getattr(request, name) for name in ("network", "memory", "cpus", "pids", "file_size"))
-        own = (
-            request.workdir == DEFAULT_WORKDIR and not request.setup and self._layout.has_workdir(image, DEFAULT_WORKDIR) is False
-        )
-        roomy = image.root or own  # else a folder cannot be made
+        roomy = image.root or (warm.made and request.workdir == DEFAULT_WORKDIR and not request.setup)  # else nothing can be made
         plain = bool(request.command or image.command) and not (request.env.get("HOME") == "" and image.has("HOME"))
         return same and roomy and plain and warm.image.id == image.id
 
@@ -4164,8 +4150,9 @@ class Pools:
             container = self._engine.create(run_id, image, pool.request, slot.parent if slot else "")
             program = shim(self._machine)
             placed = [Entry(SHIM[1:], content=program, size=len(program))]
-            if not image.root:
-                placed += self._layout.plan(self._engine, container, image, DEFAULT_WORKDIR, [], lambda: None)
+            stands = self._layout.standing(self._engine, container, image, DEFAULT_WORKDIR)
+            if made := not image.root and stands is Standing.NOTHING:
+                placed.append(Entry(DEFAULT_WORKDIR[1:], tarfile.DIRTYPE))
             owner = self._layout.owner(self._engine, container, image)
             self._engine.put(container, put_tar(placed, owner, lambda _: iter([program]), time.time()))
             wire = self._engine.attach_whole(container)
@@ -4176,7 +4163,7 @@ class Pools:
             answered, state = time.monotonic(), self._engine.inspect(container)
             if not state.running or state.started is None:
                 raise EngineError("a warm container has ended before it was used")
-            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started))
+            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started), made)
         except BaseException:
             if wire:
                 wire.close()
@@ -5188,18 +5175,18 @@ class Runner:
 
     def _put(self, job: Job, engine: Engine, image: Image) -> None:
         """Put the run's tree into its container."""
-        planned, owner = self._plan(job, engine, job.container, image), self._layout.owner(engine, job.container, image)
-        if job.request.setup:
-            planned.append(Entry(SETUP_MARK[1:], mode=0o644))
-        if planned:
+        owner = self._layout.owner(engine, job.container, image)
+        made = self._layout.made(engine, job.container, image, job.request.workdir or "")
+        planned = self._plan(job, engine, job.container, image, made)
+        if [entry for entry in planned if owner != (0, 0) or not entry.is_folder or entry.modified is not None]:
             engine.put(job.container, put_tar(planned, owner, job.pieces, time.time()))
 
-    def _plan(self, job: Job, engine: Engine, container: str, image: Image) -> list[Entry]:
-        """What is to be put for the run's tree. Raises RunEnds."""
-        if job.request.workdir is None:
-            return []
+    def _plan(self, job: Job, engine: Engine, container: str, image: Image, made: Sequence[str]) -> list[Entry]:
+        """What is to be put for the run's tree, beside what the engine has made. Raises RunEnds."""
+        mark = [Entry(SETUP_MARK[1:], mode=0o644)] if job.request.setup else []
         try:
-            return self._layout.plan(engine, container, image, job.request.workdir, job.tree.entries(), job.check)
+            entries = job.tree.entries()
+            return self._layout.plan(engine, container, image, job.request.workdir or "/", made, entries, job.check) + mark
         except BadRequest as error:  # an earlier daemon's run, whose artifacts have gone since
             raise RunEnds("start_failed", f"its files cannot be had any more: {error.more}") from error
 
@@ -5210,12 +5197,16 @@ class Runner:
         if warm is None:
             return False
         try:
-            planned = self._plan(job, engine, warm.container, image)
+            workdir = job.request.workdir or "/"
+            way = (
+                [workdir, *(f"/{folder}" for folder in parent_folders(workdir[1:]))] if image.root and job.request.workdir else []
+            )
+            if self._layout.standing(engine, warm.container, image, workdir) is not Standing.NOTHING:
+                way = []
+            planned = self._plan(job, engine, warm.container, image, way)
         except BaseException:
             self.pools.discard(warm)
             raise
-        if job.request.setup:
-            planned.append(Entry(SETUP_MARK[1:], mode=0o644))
         job.warm, job.container, job.slot = warm, warm.container, warm.slot
         meter = warm.slot.begin(again=True) if warm.slot else None
         self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
