@@ -6453,7 +6453,7 @@ def _spooling_parser(folder: Path) -> type:
     class Parser(waitress.parser.HTTPRequestParser):
         def parse_header(self, header_plus: bytes) -> None:
             super().parse_header(header_plus)
-            if self.body_rcv:
+            if self.body_rcv is not None:
                 self.body_rcv.buf = Spool(self.adj.inbuf_overflow)
 
         def received(self, data: bytes) -> int:

@@ -308,8 +308,11 @@ class Bench:
         container = self.engine.create(str(uuid.uuid4()), self.image, request, slot.parent if slot else "")
         if request.files:
             root = str(request.workdir)[1:]
-            entries = [lightrun.Entry(f"{root}/{path}", content=data, size=len(data)) for path, data in request.files.items()]
-            tar = b"".join(lightrun.put_tar(entries, (0, 0), lambda data: iter([data]), time.time()))
+            contents = {f"{root}/{path}": data for path, data in request.files.items() if isinstance(data, bytes)}
+            entries = [lightrun.Entry(path, content=data, size=len(data)) for path, data in contents.items()]
+            tar = b"".join(
+                lightrun.put_tar(entries, (0, 0), lightrun.Tree(request, None, ROOT, lambda _: []).pieces, time.time())
+            )
             self.api.put_archive(container, "/", tar)
         output = self.api.attach(container, stream=True)
         if slot:

@@ -87,7 +87,9 @@ def test_every_field_arrives() -> None:
 
 @pytest.mark.parametrize("value", [None, False, 0, "", [], {}, {"ä": [1.5, None]}, "x" * 100_000])
 def test_input_is_the_json_text_of_any_value(value: Any) -> None:
-    assert json.loads(parse(input=value).stdin or b"") == value
+    text = parse(input=value).stdin
+    assert isinstance(text, bytes)
+    assert json.loads(text) == value
 
 
 GOOD: list[tuple[str, Any]] = [
