@@ -1289,6 +1289,7 @@ CREATE TABLE kept AS  -- one row, part of every transaction that changes it
     SELECT coalesce(sum(size), 0) AS bytes, count(*) AS runs FROM runs WHERE status != 'running';
 """,
     "ALTER TABLE runs ADD COLUMN meter TEXT;  -- JSON of Slot.begin(): what was counted before its container started\n",
+    "ALTER TABLE runs ADD COLUMN warm TEXT;  -- JSON of HandOut: the warm container that its program may have begun in\n",
 )
 
 
@@ -1461,10 +1462,16 @@ class Store:
         rows = self._all("SELECT id, digest FROM runs WHERE key = ?", key)
         return rows[0] if rows else None
 
-    def begin(self, run_id: str, meter: str | None = None) -> None:
-        """Record that the run's container is about to be started, and what counts its usage."""
+    def begin(self, run_id: str, meter: str | None = None, warm: str | None = None, durable: bool = False) -> None:
+        """Record that the run's container is about to be started, what counts its usage, and which one it is if that is not
+        in its name."""
+        with self._transaction(durable) as execute:
+            execute("UPDATE runs SET begun = 1, meter = ?, warm = ? WHERE id = ?", meter, warm, run_id)
+
+    def take_back(self, run_id: str) -> None:
+        """Record that the run has not begun after all."""
         with self._transaction(durable=False) as execute:
-            execute("UPDATE runs SET begun = 1, meter = ? WHERE id = ?", meter, run_id)
+            execute("UPDATE runs SET begun = 0, meter = NULL, warm = NULL WHERE id = ?", run_id)
 
     def fed(self, run_id: str) -> None:
         """Record that the run's stdin was written whole."""
@@ -1477,9 +1484,9 @@ class Store:
             if row := execute("SELECT asked FROM runs WHERE id = ? AND status = 'running'", run_id).fetchone():
                 execute("UPDATE runs SET asked = ? WHERE id = ?", recorded(row[0]), run_id)
 
-    def unfinished(self) -> list[tuple[str, int, int, int, str | None, str | None]]:
-        """head, waited, begun, fed, asked and meter of every unfinished run, in the order of acceptance."""
-        return self._all("SELECT head, waited, begun, fed, asked, meter FROM runs WHERE status = 'running' ORDER BY seq")
+    def unfinished(self) -> list[tuple[str, int, int, int, str | None, str | None, str | None]]:
+        """head, waited, begun, fed, asked, meter and warm of every unfinished run, in the order of acceptance."""
+        return self._all("SELECT head, waited, begun, fed, asked, meter, warm FROM runs WHERE status = 'running' ORDER BY seq")
 
     def finish(self, run: Run, frames: bytes, callback: bytes | None = None) -> None:
         """Record the end of a run, whole, in one transaction, with what its callback needs."""
@@ -3656,6 +3663,19 @@ class Slots:
         with self._lock:
             self._held.discard(slot.before["slot"])
 
+    def vacate(self, slot: Slot | None, container: str) -> bool:
+        """Remove a container, and give back the slot that it was in; false when that is left to the keeper."""
+        if slot:
+            slot.end()
+        try:
+            self._engine.remove(container)
+        except EngineError as error:
+            log.warning("container %s: %s", container, error)
+            return False
+        if slot:  # else the container may still be in it
+            self.give_back(slot)
+        return True
+
     def sweep(self) -> None:
         """Remove those that nobody holds and no container is in."""
         for root in set(self._mounts.values()) if self._driver else ():
@@ -3697,7 +3717,8 @@ SHIM_PIECE = MIB  # of a file, in one call
 SHIM_GAVE_UP = 125  # its exit code
 AT_FDCWD, AT_SYMLINK_NOFOLLOW, EEXIST = -100, 0x100, 17
 ANY_RESULT = -(1 << 63)
-HANDED_OUT = b"\0"  # the shim prints this before the program, so that it is known that all was done up to there
+HANDED_OUT = b"\0\n"  # the shim prints this before the program: all was done up to there. Engines keep their copies by lines
+PIPE_BYTES = 64 * KIB  # of stdin, that a pipe holds which nobody reads from yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3712,8 +3733,8 @@ class Machine:
 
 
 _CALLS = (
-    "read", "write", "close", "openat", "mkdirat", "unlinkat", "symlinkat", "linkat", "fchmodat", "utimensat", "dup3", "chdir",
-    "umask", "execve", "exit_group",
+    "read", "write", "close", "openat", "mkdirat", "unlinkat", "symlinkat", "linkat", "fchmodat", "utimensat", "dup3", "pipe2",
+    "fcntl", "chdir", "umask", "execve", "exit_group",
 )  # fmt: skip
 MACHINES = {
     "x86_64": Machine(
@@ -3759,7 +3780,7 @@ fail:   mov     edi, 125                # with this exit code
         "41bc000000204889e6ba08000000e84e0000004c89e6488b1424e8420000004c89e3488b034885c078dc488b7b08488b7310488b53184c"
         "8b53204c8b43284c8b4b300f05483b43387c1d4883c340ebd231ff31c00f054885c07e0c4801c64829c24885d275eac3bf7d000000b8e7"
         "0000000f05",
-        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 266, 265, 268, 280, 292, 80, 95, 59, 231), strict=True)),
+        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 266, 265, 268, 280, 292, 293, 72, 80, 95, 59, 231), strict=True)),
     ),
     "aarch64": Machine(
         183,
@@ -3799,7 +3820,7 @@ fail:   mov     x0, #125                // with this exit code
         "1400a4d2e1030091020180d217000094e10314aae20340f914000094f30314aa680240f908ffffb7608640a9628e41a9649642a9010000"
         "d4691e40f91f0009eb8b01005473020191f6ffff17000080d2e80780d2010000d41f0000f1ad0000542100008b420000cb22ffffb5c003"
         "5fd6a00f80d2c80b80d2010000d4",
-        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 36, 37, 53, 88, 24, 49, 166, 221, 94), strict=True)),
+        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 36, 37, 53, 88, 24, 59, 25, 49, 166, 221, 94), strict=True)),
     ),
 }
 
@@ -3845,7 +3866,7 @@ def _c(text: str) -> bytes:
 
 
 def hand_out_frames(
-    machine: Machine, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]], workdir: str, stdin: bool,
+    machine: Machine, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]], workdir: str, stdin: Content | None,
     argv: Sequence[str], environment: list[str],
 ) -> Iterator[bytes]:  # fmt: skip
     """What makes the shim this run's program: what a Layout has planned, and what the engine's init would do, with
@@ -3882,9 +3903,12 @@ def hand_out_frames(
         calls += [("fchmodat", 0, AT_FDCWD, _c(f"/{entry.path}"), entry.mode)] if entry.mode & 0o700 != 0o700 else []
         calls += _dated(entry)
     calls += [("umask", 0, 0o022), ("chdir", 0, _c(workdir))]
-    if not stdin:
+    if stdin is None:
         calls += [("openat", 3, AT_FDCWD, _c(os.devnull), os.O_RDONLY), ("dup3", 0, 3, 0, 0), ("close", 0, 3)]
-    calls += [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0), ("write", 1, 1, HANDED_OUT, 1)]
+    elif isinstance(stdin, bytes) and is_fed_before(stdin):  # into a pipe, read from by 3: it holds all, or the shim gives up
+        calls += [("pipe2", 0, bytes(8), os.O_NONBLOCK), ("write", len(stdin), 4, stdin, len(stdin))]
+        calls += [("close", 0, 4), ("fcntl", 0, 3, fcntl.F_SETFL, 0), ("dup3", 0, 3, 0, 0), ("close", 0, 3)]
+    calls += [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0), ("write", len(HANDED_OUT), 1, HANDED_OUT, len(HANDED_OUT))]
     arguments, variables = list(map(_c, argv)), list(map(_c, environment))
     search = next(variable[5:] for variable in environment if variable.startswith("PATH="))
     places = [argv[0]] if "/" in argv[0] else [f"{folder or '.'}/{argv[0]}" for folder in search.split(":")]
@@ -3901,6 +3925,11 @@ def _dated(entry: Entry) -> list[tuple[Any, ...]]:
         return []
     times = struct.pack("<4q", *2 * (int(entry.modified), 0))
     return [("utimensat", 0, AT_FDCWD, _c(f"/{entry.path}"), times, AT_SYMLINK_NOFOLLOW)]
+
+
+def is_fed_before(stdin: Content | None) -> bool:
+    """Whether a run's stdin is all there when a warm container becomes its program. What is longer is written to that."""
+    return stdin is None or (isinstance(stdin, bytes) and len(stdin) <= PIPE_BYTES)
 
 
 def container_environment(image: Image, hostname: str, home: str, env: Mapping[str, str]) -> list[str]:
@@ -3926,9 +3955,18 @@ class Pool:
     request: RunRequest
 
 
+@dataclasses.dataclass(frozen=True)
+class HandOut:
+    """What is recorded of a hand-out before its last frame is sent: to which warm container, and when by the engine's clock."""
+
+    warm: str
+    at: float
+
+
 @dataclasses.dataclass(eq=False)
 class Warm:
-    """A warm container. `started`: when its start was sent and answered (monotonic), and when it was by the engine's clock."""
+    """A warm container. `started`: when its start was sent and answered (monotonic), and when it was by the engine's clock;
+    `clock`: our clock at the monotonic zero."""
 
     id: str
     container: str
@@ -3939,12 +3977,13 @@ class Warm:
     output: Reply
     started: tuple[float, float, float]
     made: bool  # the usual workdir, for a user who could not make it
+    clock: float = dataclasses.field(default_factory=lambda: time.time() - time.monotonic())
 
     @property
     def alive(self) -> bool:
-        """Whether nothing has come of it: a shim that waits prints nothing."""
+        """Whether nothing has come of it, for a shim that waits prints nothing, and no clock was moved meanwhile."""
         try:
-            return not self.output.wire.ready(-1, 0)
+            return not self.output.wire.ready(-1, 0) and abs(time.time() - time.monotonic() - self.clock) < 1
         except OSError:
             return False
 
@@ -3978,10 +4017,15 @@ class Pools:
         if self._pools:
             self._thread.start()
 
-    def knows(self, run_id: str) -> bool:
-        """Whether this is not a run's id but a warm container's."""
+    def knows(self, warm_id: str) -> bool:
+        """Whether this is not a run's id but a warm container's, and that is not to be removed."""
         with self._lock:
-            return run_id in self._ids
+            return warm_id in self._ids
+
+    def adopt(self, warm_id: str) -> None:
+        """Know a warm container that an earlier daemon handed out."""
+        with self._lock:
+            self._ids.add(warm_id)
 
     def take(self, image: Image, request: RunRequest) -> Warm | None:
         """A warm container that is just what the run would have made, for it alone; None when there is none."""
@@ -4004,18 +4048,22 @@ class Pools:
         return same and roomy and plain and warm.image.id == image.id
 
     def hand_out(
-        self, warm: Warm, request: RunRequest, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]]
-    ) -> bool:
-        """Send a run to a warm container, with what a Layout has planned; false when it did not get all of that, so that no
-        program has begun."""
+        self, warm: Warm, request: RunRequest, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]],
+        record: Callable[[], None],
+    ) -> bool:  # fmt: skip
+        """Send a run to a warm container, with what a Layout has planned, and `record` that before the last frame; false when
+        it did not get all of that, so that no program has begun."""
         assert self._machine
         environment = container_environment(warm.image, warm.container[:12], warm.home, request.env)
-        command, workdir = request.command or warm.image.command, request.workdir or "/"
+        argv, last = request.command or warm.image.command, b""
         try:
             for frame in hand_out_frames(
-                self._machine, planned, pieces, workdir, request.stdin is not None, command, environment
+                self._machine, planned, pieces, request.workdir or "/", request.stdin, argv, environment
             ):
-                warm.output.wire.send(frame)
+                warm.output.wire.send(last)
+                last = frame
+            record()
+            warm.output.wire.send(last)
         except (OSError, ValueError) as error:
             log.warning("a warm container cannot be used: %s", error)
             return False
@@ -4024,21 +4072,13 @@ class Pools:
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
         warm.output.close()
-        if warm.slot:
-            warm.slot.end()
-        try:
-            self._engine.remove(warm.container)
-        except EngineError as error:
-            log.warning("%s", error)
-        else:
-            if warm.slot:
-                self._slots.give_back(warm.slot)
-        self.forget(warm)
+        self._slots.vacate(warm.slot, warm.container)
+        self.forget(warm.id)
 
-    def forget(self, warm: Warm) -> None:
+    def forget(self, warm_id: str) -> None:
         """It is gone, or the keeper may remove it."""
         with self._lock:
-            self._ids.discard(warm.id)
+            self._ids.discard(warm_id)
 
     def stop(self, deadline: float) -> None:
         """Remove them all, or as many as there is time for (monotonic); the others end by themselves."""
@@ -4601,7 +4641,7 @@ class Job:
         run.split_logs = request.split_logs
         self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
         self.slot: Slot | None = None  # what counts its usage
-        self.warm: Warm | None = None  # what it was given to
+        self.hand_out: HandOut | None = None  # to the warm container that it has
         self.meter_at = math.inf if request.cpu_time is None else 0.0  # when (monotonic) that is next compared with its limit
         self.done = threading.Event()
         self.container = container_name(run.id)
@@ -4610,7 +4650,7 @@ class Job:
         self.fed = request.stdin is None  # stdin was written whole
         self.starved: float | None = None  # when the connection that carries stdin broke; the run's clock
         self.taken_up = self.touched = False  # an earlier daemon's; there may be a container
-        self.relaunched = False
+        self.relaunched = self.chilled = False  # its image was forgotten; it was given to a warm container in vain
         self.starting: tuple[float, float] | None = None  # between when it was started, by the run's clock
         self.shift = 0.0  # seconds from the engine's clock to the run's
         self.hearing = Hearing.NOTHING
@@ -4637,6 +4677,13 @@ class Job:
         """Go on with what an earlier daemon began."""
         self.taken_up, self.touched, self.begun, self.fed = True, True, begun, fed or self.fed
         self._born -= max(0.0, time.time() - self.run.created)
+
+    def give_to(self, hand_out: HandOut | None) -> None:
+        """It has a warm container, or again one of its own, or none yet."""
+        self.hand_out = hand_out
+        self.container = container_name(hand_out.warm if hand_out else self.run.id)
+        self.fed = self.request.stdin is None or (hand_out is not None and is_fed_before(self.request.stdin))
+        self.log.hide(len(HANDED_OUT) if hand_out else 0)
 
     def ask(self, ask: Ask) -> None:
         """Ask for an end, from any thread and without waiting. Whoever must go now has no time for a slow engine."""
@@ -4963,12 +5010,15 @@ class Runner:
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
         in their order."""
-        for head, waited, begun, fed, asked, meter in self._store.unfinished():
+        for head, waited, begun, fed, asked, meter, warm in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
             packed = self._store.request(run.id)  # a waiting client's is not stored
             request, upload = RunRequest.unpack(packed, run.image), self._store.upload(run.id)
             job = Job(run, request, self._settings, self._tree(request, upload), self._hold(request, upload))
             job.take_up(bool(begun), bool(fed))
+            if warm:
+                job.give_to(hand_out := HandOut(**json.loads(warm)))
+                self.pools.adopt(hand_out.warm)
             job.slot = self.slots.take(meter) if meter else None
             if ask := Ask.parse(asked) or self._refusal(job, packed):
                 job.ask(ask)
@@ -5062,21 +5112,18 @@ class Runner:
         except Exception:
             log.exception("run %s", job.run.id)
             self._record(job, {"reason": "engine_error", "error": "lightrun failed; its log says how"})
-        if job.slot:
-            job.slot.end()
-        try:
-            self._engine.remove(job.container)
-        except EngineError as error:
-            log.warning("run %s: %s", job.run.id, error)
-            self._keeper.tidy_up()
-        else:
-            if job.slot:  # else the container may still be in it
-                self.slots.give_back(job.slot)
-        if job.warm:
-            self.pools.forget(job.warm)
+        self._let_go(job)
         job.patience.close()
         with contextlib.suppress(Unavailable):  # the next run tries again
             self._evictor.evict(job.run.id)
+
+    def _let_go(self, job: Job) -> None:
+        """Remove the run's container, or have the keeper do it."""
+        removed = self.slots.vacate(job.slot, job.container)
+        if job.hand_out:
+            self.pools.forget(job.hand_out.warm)
+        if not removed:
+            self._keeper.tidy_up()
 
     def _line(self, job: Job, engine: Engine) -> dict[str, Any]:
         """pull … start, read to the end, extract: what became of the run."""
@@ -5193,51 +5240,57 @@ class Runner:
     def _hand_out(self, job: Job, engine: Engine, image: Image) -> bool:
         """The twin of create, put, attach and start: give the run to a warm container. False when it is to start cold; then no
         program of it has begun."""
-        warm = self.pools.take(image, job.request) if job.run.waited else None
+        held = job.chilled or not (job.run.waited or is_fed_before(job.request.stdin))
+        warm = None if held else self.pools.take(image, job.request)
         if warm is None:
             return False
         try:
-            workdir = job.request.workdir or "/"
-            way = (
-                [workdir, *(f"/{folder}" for folder in parent_folders(workdir[1:]))] if image.root and job.request.workdir else []
-            )
-            if self._layout.standing(engine, warm.container, image, workdir) is not Standing.NOTHING:
-                way = []
-            planned = self._plan(job, engine, warm.container, image, way)
+            planned = self._plan(job, engine, warm.container, image, self._way(job, engine, warm, image))
         except BaseException:
             self.pools.discard(warm)
             raise
-        job.warm, job.container, job.slot = warm, warm.container, warm.slot
-        meter = warm.slot.begin(again=True) if warm.slot else None
-        self._insist(job, lambda: self._store.begin(job.run.id, meter), job.check)
-        if warm.slot:
-            warm.slot.started()
-        sent = job.now()
-        if not self._became(job, warm, planned):
-            if not self._is_untouched(warm, engine):
-                raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
-            job.hear(Hearing.NOTHING)
-            job.log.hide(0)
-            self.pools.discard(warm)
-            job.warm, job.container, job.slot = None, container_name(job.run.id), None
-            return False
-        job.begun = job.touched = job.run.warm = True
-        job.run.started = job.now()
-        job.starting = sent, job.run.started
         now, (earliest, latest, started) = job.now() - time.monotonic(), warm.started
-        job.shift = _shift(started, started, earliest + now, latest + now)
+        job.shift, sent = _shift(started, started, earliest + now, latest + now), job.now()
+        job.give_to(HandOut(warm.id, sent - job.shift))
+        assert job.hand_out
+        job.slot, job.touched = warm.slot, True
+        job.hear(Hearing.LIVE, warm.output)
+        job.stdin = None if job.fed else warm.output
+        if not self._became(job, warm, planned):
+            warm.output.close()
+            return self._has_started(job, engine)
+        job.run.warm, job.run.started = True, job.hand_out.at + job.shift
+        job.starting = sent, job.now()
         job.killing.by(time.monotonic() + job.request.timeout)
-        job.stdin = None if job.request.stdin is None else warm.output
         self._feed(job)
         return True
 
+    def _way(self, job: Job, engine: Engine, warm: Warm, image: Image) -> list[str]:
+        """The folders of the way to the workdir that the shim has to make, as the engine would have."""
+        workdir = job.request.workdir
+        if not image.root or not workdir:
+            return []
+        if self._layout.standing(engine, warm.container, image, workdir) is not Standing.NOTHING:
+            return []
+        return [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]]]
+
     def _became(self, job: Job, warm: Warm, planned: Sequence[Entry]) -> bool:
-        """Send a run to a warm container, and wait for the word that all was done up to its program."""
+        """Send a run to a warm container, and wait for the word that all was done up to its program. Which container it has is
+        recorded before what makes it the program is sent: a run without that record has not begun."""
+        meter = warm.slot.begin(again=True) if warm.slot else None
+
+        def record() -> None:
+            job.hand_out = HandOut(warm.id, job.now() - job.shift)
+            packed = to_json(dataclasses.asdict(job.hand_out)).decode()
+            begin = functools.partial(self._store.begin, job.run.id, meter, packed, durable=not job.run.waited)
+            self._insist(job, begin, job.check)
+            job.begun = True
+
         wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
         wire.patience = job.patience
-        whole = self.pools.hand_out(warm, job.request, planned, job.pieces)
-        job.log.hide(len(HANDED_OUT))
-        job.hear(Hearing.LIVE, warm.output)
+        whole = self.pools.hand_out(warm, job.request, planned, job.pieces, record)
+        if warm.slot:
+            warm.slot.started()
         while whole and job.log.hidden:
             job.patience.heard()
             job.check()
@@ -5252,19 +5305,44 @@ class Runner:
         wire.stream(math.inf)  # for stdin, which the program may leave waiting
         return whole
 
-    def _is_untouched(self, warm: Warm, engine: Engine) -> bool:
-        """Whether a warm container has certainly not become another program: the shim has given up, and printed nothing."""
-        warm.output.close()
-        with contextlib.suppress(EngineError):
-            state = engine.inspect(warm.container)
-            copied = b"".join(engine.kept_output(warm.container, follow=False).pieces())
-            return not state.running and state.exit_code == SHIM_GAVE_UP and not copied
+    def _has_become(self, job: Job, engine: Engine) -> bool:
+        """Whether a warm container has become the run's program. That is what it says first; a shim that gives up, as it does
+        when lightrun goes away, says nothing."""
+        for follow in (True, False):  # again when it has ended: no stream is trusted to come to its end
+            reader = FrameReader()
+            with contextlib.closing(engine.kept_output(job.container, follow)) as copy:
+                while data := copy.next(seconds=QUIET_SECONDS):
+                    if any(stream in STREAMS for stream, _ in reader.feed(data)):
+                        return True
+            if (state := engine.inspect(job.container)).running:
+                job.check()
+                raise EngineAbsent("the engine does not say whether a warm container has become the run's program")
+        if state.exit_code != SHIM_GAVE_UP:
+            job.check()
+            raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
         return False
+
+    def _take_back(self, job: Job) -> None:
+        """Let go of a warm container that has not become the run's program. The run is to start cold, if it still may."""
+        if job.begun:
+            self._insist(job, lambda: self._store.take_back(job.run.id))
+        job.begun, job.chilled = False, True
+        if job.hearing is Hearing.LIVE:
+            job.hear(Hearing.NOTHING)
+        self._let_go(job)
+        job.give_to(None)
+        job.slot = None
+        if job.taken_up and (ask := self._refusal(job, self._store.request(job.run.id))):
+            job.ask(ask)
 
     def _has_started(self, job: Job, engine: Engine) -> bool:
         """Look at what an earlier try or daemon left: whether the container ever ran. One that was never told to is removed."""
         try:
-            if engine.inspect(job.container).started is not None:
+            if job.hand_out:
+                started = job.run.warm = job.begun and self._has_become(job, engine)
+            else:
+                started = engine.inspect(job.container).started is not None
+            if started:
                 if job.hearing is Hearing.NOTHING:
                     job.hear(Hearing.COPY)
                 job.begun = True  # a power loss can take the record back
@@ -5272,11 +5350,12 @@ class Runner:
                     job.slot.started()
                 self._feed(job)
                 return True
-            if not job.begun:
+            if job.hand_out:
+                self._take_back(job)
+            elif not job.begun:
                 engine.remove(job.container)
         except EngineMissing as error:
             if job.begun:
-                job.check()  # a warm container has another name; nobody waits for what it did
                 raise RunEnds("lost", "the container vanished") from error
         if not job.begun and job.hearing is Hearing.LIVE:
             job.hear(Hearing.NOTHING)
@@ -5299,7 +5378,7 @@ class Runner:
             for piece in job.tree.pieces(data):
                 stdin.wire.send(piece)
             stdin.wire.half_close()
-            if job.warm is None:  # the engine ends it when all was taken; a warm container's carries the output as well
+            if job.hand_out is None:  # the engine ends it when all was taken; a warm container's carries the output as well
                 with contextlib.closing(stdin):
                     stdin.wire.drain()
             job.fed = True
@@ -5408,7 +5487,7 @@ class Runner:
         except EngineError as error:
             raise EngineAbsent(str(error)) from error
         if job.run.started is None:
-            self._note_start(job, state, state.started)
+            self._note_start(job, state, job.hand_out.at if job.hand_out else state.started)
         if state.running:
             job.in_doubt = False
         job.failures = 0

@@ -51,6 +51,7 @@ NAMES = [
     for method, path, name in (
         ("POST", r"containers/create\b", "create"), ("PUT", r"containers/[^/]+/archive\b", "put"),
         ("HEAD", r"containers/[^/]+/archive\b", "look"), ("GET", r"containers/[^/]+/archive\b", "archive"),
+        ("POST", r"containers/[^/]+/attach\?\S*stdin=1\S*stdout=1", "hand-out"),
         ("POST", r"containers/[^/]+/attach\?\S*stdout=[1tT]", "attach"), ("POST", r"containers/[^/]+/attach\b", "stdin"),
         ("POST", r"containers/[^/]+/start\b", "start"), ("GET", r"containers/json\b", "list"),
         ("GET", r"containers/[^/]+/json\b", "inspect"), ("POST", r"containers/[^/]+/wait\b", "wait"),
@@ -60,7 +61,8 @@ NAMES = [
         (r"\w+", r"networks\b", "networks"),
     )
 ]  # fmt: skip
-STREAMS = {"attach", "stdin", "logs", "archive", "pull", "wait", "events"}  # passed on in pieces; other answers are held whole
+FEEDS = {"stdin", "hand-out"}  # carry what is sent to a container, where their middle is
+STREAMS = {"attach", *FEEDS, "logs", "archive", "pull", "wait", "events"}  # passed on in pieces; other answers are held whole
 HTML = b"<html><body>This is not what an engine says.</body></html>"
 TRICKLE_SECONDS = 0.01  # a byte
 TIME = re.compile(rb"(?!0001)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?=\.?\d*(Z|[+-]\d\d:\d\d))")
@@ -257,13 +259,16 @@ class Proxy:
             while not self._closing.is_set() and self._exchange(client, Request(client)):
                 pass
 
-    def _rule(self, request: Request) -> Rule:
-        """The fault that this request meets, counted."""
+    def _rule(self, request: Request, handed_out: bool = False) -> Rule:
+        """The fault that this request meets, counted; a warm container's connection is old when something is handed out."""
         with self._lock:
             now = time.monotonic()
-            self.calls.append((now, request.call, request.target))
+            if not handed_out:
+                self.calls.append((now, request.call, request.target))
             for rule in self._rules:
                 fits = rule.call in {request.call, "any"} and re.search(rule.path, request.target)
+                if handed_out != ((rule.call, rule.point) == ("hand-out", "mid")):
+                    continue
                 if fits and rule.hits < rule.times:
                     rule.hits, rule.first = rule.hits + 1, min(rule.first, now)
                     return rule
@@ -272,7 +277,7 @@ class Proxy:
     def _exchange(self, client: socket.socket, request: Request) -> bool:
         """One request and its answer; whether another may follow."""
         rule = self._rule(request)
-        rest = request.rest(rule.fault == "reset" and (request.call != "stdin" or rule.point == "before"))
+        rest = request.rest(rule.fault == "reset" and (request.call not in FEEDS or rule.point == "before"))
         if rule.point == "before" and not self._strike(client, request, rule):
             return False
         upstream, over = socket.socket(socket.AF_UNIX), threading.Event()
@@ -288,7 +293,7 @@ class Proxy:
 
     def _watch(self, client: socket.socket, upstream: socket.socket, request: Request, rule: Rule, over: threading.Event) -> None:
         """Notice that a client leaves; pass on what it sends to a container's stdin, where the middle is in what it sends."""
-        feeds, mid = request.call == "stdin", rule.point == "mid"
+        feeds, mid = request.call in FEEDS, rule.point == "mid"
         poll = select.poll()
         poll.register(client, select.POLLIN if feeds else select.POLLRDHUP)
         while not over.is_set():
@@ -297,11 +302,14 @@ class Proxy:
                 if not feeds or not event & select.POLLIN:
                     upstream.shutdown(socket.SHUT_RDWR)
                     return
+                if request.call == "hand-out" and not mid:
+                    rule = self._rule(request, handed_out=True)
+                    mid, slow = rule.point == "mid", rule.fault == "trickle"
                 if data := client.recv(1 if slow else rule.after or 1000 if mid else 65536):
                     upstream.sendall(data)
                     if slow:
                         rule.mended.wait(TRICKLE_SECONDS)
-                    elif mid and not self._strike(client, request, rule):
+                    elif mid and rule.fault != "trickle" and not self._strike(client, request, rule):
                         upstream.shutdown(socket.SHUT_RDWR)
                         return
                     mid = mid and slow
@@ -349,7 +357,7 @@ class Proxy:
         if rule.fault.startswith("frame"):
             frame = bytes([int(rule.fault[-1]), 0, 0, 0, 0, 0, 0, 6]) + b"alien\n"
             parts = itertools.chain([frame], body, [frame])
-        elif rule.point == "mid" and request.call != "stdin":
+        elif rule.point == "mid" and request.call not in FEEDS:
             parts = divided(iter(body), rule.after)
         send(head)
         for piece in parts:
@@ -436,6 +444,7 @@ KINDS = {
     "waiting": (*EVERY, "remove", "kill", "any", "logs"), "detached": (*EVERY, "remove", "kill", "any", "logs", *AT_START),
     "keyed": (*EVERY, "put", "kill", "any"), "stdin": (*EVERY, "stdin", "kill", "any", "logs"),
     "extract": (*EVERY, *EXTRACTS, "kill", "any"), "pull": (*EVERY, "pull", "kill"),
+    "warm": ("hand-out", "logs", "inspect", "start", "remove", "kill", "any"),
 }  # fmt: skip
 SHARED = ("close", "reset", "hang", "silent", "garbage")
 ANSWERS = ("500", "502", "503", "504", "html", "cut", "shape", "odd")
@@ -496,7 +505,8 @@ def _means_something(call: str, point: str, fault: str, mode: str) -> bool:
     late, ended = call in {"archive", "look", "remove"}, mode in {"cancel", "stop", "timeout"}
     return not (
         (call == "any" and (point != "before" or mode == "once"))
-        or (call == "stdin" and point == "mid" and fault == "garbage")
+        or (call in FEEDS and point == "mid" and fault == "garbage")
+        or (call == "hand-out" and point != "mid" and (fault not in {"close", "500", "hang"} or mode == "timeout"))
         or (call == "kill" and not ended)
         or (late and ended and (call, mode) != ("archive", "cancel"))
         or (call in AT_START and mode not in {"held", "cancel"})
@@ -527,6 +537,7 @@ class Bench:
         self.problems: list[str] = []
         self._client, self._api = client, EngineApi()
         self._daemon: Daemon | None = None
+        self._warm = False  # it has a warm container
         self._pool = ThreadPoolExecutor(2)
 
     def close(self) -> list[str]:
@@ -551,11 +562,15 @@ class Bench:
             self._discard()
         return [f"{problem} [{time.monotonic() - began:.0f} s{', tcp' * self.proxy.tcp}]" for problem in self.problems]
 
-    def daemon(self) -> Daemon:
-        """The daemon, started if there is none."""
+    def daemon(self, warm: bool) -> Daemon:
+        """The daemon, with a warm container or without, started if there is none."""
+        if self._warm != warm:
+            self._discard()
         if self._daemon is None:
+            self._warm = warm
             options = ("--docker-host", self.proxy.host, "--max-concurrent", "1", "--queue", "0")
-            self._daemon = lowered(Daemon(ROOT, self._client, options, socket=True))
+            pool = ("--warm", f"{IMAGE}=1/none") if warm else ()
+            self._daemon = lowered(Daemon(ROOT, self._client, (*options, *pool), socket=True))
             self._daemon.start()
         return self._daemon
 
@@ -580,7 +595,8 @@ class Bench:
             remove_image(self._api, self.pulled)
         self.proxy.forget()
         rule = self._inject(cell) if cell.call in AT_START else None
-        daemon = self.daemon()
+        daemon = self.daemon(cell.kind == "warm")
+        self._must(self._is_full(daemon), "no warm container")
         level, logged = self._level(daemon), len(daemon.log())
         if cell.call not in {*AT_START, "any"}:
             rule = self._inject(cell)
@@ -603,16 +619,27 @@ class Bench:
         self.proxy.mend()
         self._must(self.proxy.busiest(2) <= MOST_CALLS, f"{self.proxy.busiest(2)} calls of a kind in 2 s")
         self._must(eventually(lambda: self._next_succeeds(daemon), SETTLED_SECONDS, 0.3), "the next run does not succeed")
-        self._must(eventually(lambda: not daemon.containers(), SETTLED_SECONDS), "its container stays")
+        self._must(eventually(lambda: len(daemon.containers()) == self._warm, SETTLED_SECONDS), "its container stays")
         self._must("Traceback" not in (log := daemon.log()[logged:]), f"a traceback: {re.findall(r'(?m)^[A-Za-z.]+: .*', log)}")
         if cell.call not in AT_START:
+            self._must(self._is_full(daemon), "no warm container again")
             back = eventually(lambda: all(map(operator.le, self._level(daemon), level)), SETTLED_SECONDS)
             self._must(back, f"threads and descriptors: {level} before, {self._level(daemon)} after")
         self._must(not run or daemon.state(run) == state, "its state changed after the end")
 
+    def _is_full(self, daemon: Daemon) -> bool:
+        """Whether a warm container is there, if there is to be one, and stays: the first of all goes at once."""
+        seen: list[list[str]] = []
+
+        def stays() -> bool:
+            seen.append([each["Id"] for each in daemon.containers() if each["State"] == "running"])
+            return len(seen) > 3 and len(seen[-1]) == 1 and seen[-1] == seen[-2] == seen[-3]
+
+        return not self._warm or bool(eventually(stays, SETTLED_SECONDS, 0.3))
+
     def _inject(self, cell: Cell) -> Rule | None:
         if cell.call == "logs":
-            self.proxy.inject("attach", "mid", "end", times=1)
+            self.proxy.inject(*(("hand-out", "mid", "close") if cell.kind == "warm" else ("attach", "mid", "end")), times=1)
         return self.proxy.inject(cell.call, cell.point, cell.fault, 1 if cell.mode == "once" else math.inf) if cell.call else None
 
     @staticmethod
@@ -638,6 +665,7 @@ class Bench:
         body |= {"image": self.pulled} if cell.kind == "pull" else {}
         body |= {"timeout": 2000} if cell.mode == "timeout" else {}
         self._sent = body, {"Idempotency-Key": uuid.uuid4().hex} if cell.kind == "keyed" else {}
+        self._sent_at = time.monotonic()
         known = {state["id"] for state in daemon.request("GET", "/runs?limit=1").json()}
         answer = self._pool.submit(daemon.request, "POST", "/run", *self._sent[:1], headers=self._sent[1], timeout=120)
 
@@ -667,11 +695,15 @@ class Bench:
                 answered = f"{cell.mode} answered {action.status} after {asked - now:.1f} s"
                 self._must(action.status in {204, 409} and asked - now < 1, answered)
             elif now - asked > HEARD_SECONDS + 0.3 and not (rule and rule.mended.is_set()):
-                excused = cell.call in {"kill", "any"} and cell.point == "before" and self._said("start")
+                excused = cell.call in {"kill", "any"} and cell.point == "before" and self._starts(cell, state)
                 self._must(excused or cell.mode == "stop", "a cancel was not heard within 5 s")
                 self.proxy.mend()
             time.sleep(0.1)
         return heard
+
+    def _starts(self, cell: Cell, state: dict[str, Any]) -> list[float]:
+        """When the run's program began; with a pool the engine starts other containers as well, and the run says it."""
+        return [self._sent_at] * ("startedAt" in state) if cell.kind == "warm" else self._said("start")
 
     def _said(self, call: str) -> list[float]:
         """When the engine took the call."""
@@ -685,7 +717,7 @@ class Bench:
     def _judge(self, daemon: Daemon, cell: Cell, state: dict[str, Any], asked: bool) -> None:
         """Reason and exit code, against what the engine did and what an absence may cost."""
         reason, code = state.get("reason"), state.get("exitCode")
-        started, killed = self._said("start"), self._said("kill") or self._was_signalled(state["id"])
+        started, killed = self._starts(cell, state), self._said("kill") or self._was_signalled(state["id"])
         said = f"{state['status']}, {reason}, {code}, {state.get('error')}"
         self._must(reason in REASONS.get(state["status"], ()), f"not in SPEC 2: {said}")
         self._must(code is None or reason not in CODELESS, f"an exit code: {said}")
@@ -716,7 +748,7 @@ class Bench:
 
     def _judge_log(self, daemon: Daemon, cell: Cell, state: dict[str, Any]) -> None:
         """Exact, or said not to be; and then no line twice, and none that the program never wrote."""
-        started, killed, exact = self._said("start"), self._said("kill"), not state["logsTruncated"]
+        started, killed, exact = self._starts(cell, state), self._said("kill"), not state["logsTruncated"]
         lines = ["out", *(["300000"] if cell.kind == "stdin" else []), *([] if cell.endless else ["more"])]
         for stream, whole in (("stdout", lines), ("stderr", ["err"])):
             log = daemon.request("GET", f"/runs/{state['id']}/logs?stream={stream}").text

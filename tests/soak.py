@@ -1,7 +1,8 @@
 """The soak: detached runs of many kinds are submitted while the daemon is killed again and again, and none is lost.
 
-test_recovery.py runs the short form; `python3 tests/soak.py --kills 100` the long one, in the tests' `.venv`. Every other
-kill is a random one; the others happen before or after a named step of a run, by tests/launcher.py.
+test_recovery.py runs the short form; `python3 tests/soak.py --kills 100` the long one, in the tests' `.venv`, and with `--warm`
+one in which most runs get a warm container. Some kills are random ones; the others happen before or after a named step of a
+run, by tests/launcher.py.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ from images import make_image
 LAUNCHER = ROOT / "tests/launcher.py"
 IMAGE = "lightrun/soak:latest"  # has a volume, which must go with each container
 OPTIONS = ("--max-concurrent", "6")
-WARM = ("--warm", f"{IMAGE}=1/none")  # of the long form
+POOL = 3
+WARM = ("--warm", f"{IMAGE}={POOL}")
 ENVIRONMENT = {"LIGHTRUN_DELAYS": "0.3 " * 20}
 STEPS = (
     "Store.add", "Store.begin", "Store.fed", "Store.ask", "Store.finish", "Store.attempted", "Store.delete",
@@ -54,9 +56,13 @@ STEPS = (
     "Extraction._move_in", "Callbacks.owe", "Callbacks._attempt", "deliver", "Runner.recover", "Runner._launch",
     "Runner._bring_up", "Runner._watch", "Runner._conclude", "Runner._record", "Evictor.remove", "Evictor.evict", "remove_tree",
 )  # fmt: skip
-TRAPS = [f"{step} {when}" for step in STEPS for when in ("before", "after")]
-OUTSTANDING = 10  # runs on their way at a time
-TRAP_SECONDS = 2.0  # how long a trap may take to be reached; the kill is a random one then
+WARM_STEPS = (
+    "Pools.take", "Pools.hand_out", "Pools.forget", "Runner._hand_out", "Runner._became", "Runner._has_become",
+    "Runner._take_back", "Store.take_back", "Slots.vacate", "Engine.attach_whole",
+    "Engine.start", "Engine.inspect", "Engine.kept_output", "Store.begin", "Store.finish", "Runner._watch", "Runner._record",
+)  # fmt: skip
+OUTSTANDING, WARM_OUTSTANDING = 10, 3  # runs on their way at a time
+TRAP_SECONDS, WARM_SECONDS = 2.0, 6.0  # how long a trap may take to be reached; the kill is a random one then
 END_SECONDS = 90.0
 
 
@@ -110,6 +116,7 @@ KINDS = [
     ),
     Kind("echo no; printf 3 > x; exit 7", {"extract": ["x"], "extractOn": "exit"}, 7, stdout="no\n", artifacts={"x": "3"}),
     Kind("wc -c; sleep 0.5", {"stdin": "x" * 100_000}, stdout="100000\n", ends=("exited", "interrupted")),
+    Kind("wc -c; sleep 0.5", {"stdin": "x" * 10_000}, stdout="10000\n", ends=("exited", "interrupted")),
     Kind("echo early; sleep 2.5; echo late", stdout="early\nlate\n"),
     Kind("sleep 60", {"timeout": 1500}, ends=("timeout",)),
     Kind("sleep 60", ends=("cancelled",), chore="cancel"),
@@ -122,8 +129,10 @@ KINDS = [
 class Soak:
     """One soak. `figures` are there after `run`, which raises AssertionError for whatever was lost or left."""
 
-    def __init__(self, daemon: Daemon, client: docker.APIClient, kills: int, seed: int) -> None:
+    def __init__(self, daemon: Daemon, client: docker.APIClient, kills: int, seed: int, warm: bool = False) -> None:
         self.daemon, self.kills, self.random = daemon, kills, random.Random(seed)
+        self._steps = WARM_STEPS if warm else STEPS
+        self._most, self._seconds = (WARM_OUTSTANDING, WARM_SECONDS) if warm else (OUTSTANDING, TRAP_SECONDS)
         self.figures: dict[str, Any] = {"seed": seed}
         self._client = client
         self._accepted: dict[str, tuple[str, Kind]] = {}  # run → name, kind
@@ -155,14 +164,15 @@ class Soak:
     # The daemon dies
 
     def _kill(self) -> None:
-        traps = itertools.cycle(self.random.sample(TRAPS, len(TRAPS)))
+        steps = [f"{step} {when}" for step in self._steps for when in ("before", "after")]
+        traps = itertools.cycle(self.random.sample(steps, len(steps)))
         at_step, at_random, missed = 0, 0, 0
         for number in range(self.kills):
             trap = next(traps) if number % 4 else ""
             self.daemon.env["LIGHTRUN_TRAP"] = f"{trap} {self.random.choice((1, 1, 2, 4))}" if trap else ""
             self.daemon.start(wait=False)
             try:
-                self.daemon.process.wait(TRAP_SECONDS if trap else self.random.uniform(0.2, 2))
+                self.daemon.process.wait(self._seconds * (1 if trap else self.random.uniform(0.1, 1)))
             except subprocess.TimeoutExpired:
                 self.daemon.kill()
                 at_random, missed = at_random + 1, missed + bool(trap)
@@ -187,7 +197,7 @@ class Soak:
         kinds = itertools.cycle(KINDS)
         pending: tuple[Kind, str, dict[str, Any], str] | None = None
         while pending or not self._enough.is_set():
-            if pending is None and len(self._accepted) - len(self._ended) < OUTSTANDING:
+            if pending is None and len(self._accepted) - len(self._ended) < self._most:
                 pending = self._new_run(next(kinds))
             if pending and self._post(*pending):
                 pending = None
@@ -262,6 +272,7 @@ class Soak:
         for request in self._receiver.requests:
             bodies[str(request.headers["X-Light-Run-Id"])].append(request)
         reasons: collections.Counter[str] = collections.Counter()
+        warm = 0
         for run in sorted(rows | deleted):
             got = bodies[run]
             assert got, f"run {run}: no callback"
@@ -270,6 +281,7 @@ class Soak:
             assert numbers == sorted(numbers)
             state = json.loads(got[0].body)
             reasons[state["reason"]] += 1
+            warm += "warm" in state
             if run in rows:
                 final = self.daemon.state(run)
                 assert final.pop("callback")["status"] == "delivered"
@@ -279,7 +291,7 @@ class Soak:
                 self._verify_run(state, kind, self._counter.starts[name], kept=run in rows)
         self.figures |= {
             "runs": len(rows | deleted), "never acknowledged": len(rows - set(self._accepted)), "reasons": dict(reasons),
-            "callbacks": len(self._receiver.requests), "starts": self._counter.starts.total(),
+            "warm": warm, "callbacks": len(self._receiver.requests), "starts": self._counter.starts.total(),
         }  # fmt: skip
 
     def _verify_run(self, state: dict[str, Any], kind: Kind, starts: int, kept: bool) -> None:
@@ -304,7 +316,7 @@ class Soak:
         daemon = self.daemon
         shims = operator.itemgetter("Command")
         assert eventually(lambda: {shims(each) for each in daemon.containers()} <= {lightrun.SHIM}), "containers left"
-        assert eventually(lambda: len(daemon.containers()) <= 1), "more warm containers than there may be"
+        assert eventually(lambda: len(daemon.containers()) <= POOL), "more warm containers than there may be"
         assert eventually(lambda: not self._volumes() - volumes), "volumes left"
         assert [each["Name"] for each in self._client.networks(names=["lightrun"])].count("lightrun") == 1
         assert not list((daemon.state_dir / "secrets").iterdir()), "secrets left"
@@ -325,14 +337,15 @@ def main(arguments: list[str] | None = None) -> int:
     """The long form; prints its figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--warm", action="store_true", help="with a pool of warm containers")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     options = parser.parse_args(arguments)
     ensure_engine()
     with tempfile.TemporaryDirectory(prefix="soak-") as tempfile.tempdir:
         client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
         with contextlib.closing(client):
-            daemon = Daemon(LAUNCHER, client, (*OPTIONS, *WARM), env=ENVIRONMENT)
-            soak = Soak(daemon, client, options.kills, options.seed)
+            daemon = Daemon(LAUNCHER, client, (*OPTIONS, *WARM * options.warm), env=ENVIRONMENT)
+            soak = Soak(daemon, client, options.kills, options.seed, options.warm)
             try:
                 soak.run()
             except AssertionError:

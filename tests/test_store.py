@@ -119,15 +119,17 @@ def test_an_unfinished_run_can_be_taken_up_again(tmp_path: Path) -> None:
     store = Store(tmp_path)
     finished(store, "over")
     store.add(run_named("one"), request=b"body")
-    store.begin("one", "a meter")
+    store.begin("one", "a meter", "a hand-out")
     store.ask("one", lambda before: f"asked after {before}")
     store.add(run_named("two", waited=True))
     store.fed("two")
     store.close()
     again = Store(tmp_path)
     rows = [(json.loads(head)["id"], *marks) for head, *marks in again.unfinished()]
-    assert rows == [("one", 0, 1, 0, "asked after None", "a meter"), ("two", 1, 0, 1, None, None)]
+    assert rows == [("one", 0, 1, 0, "asked after None", "a meter", "a hand-out"), ("two", 1, 0, 1, None, None, None)]
     assert (again.request("one"), again.request("two")) == (b"body", None)
+    again.take_back("one")
+    assert again.unfinished()[0][2:] == (0, 0, "asked after None", None, None)
     again.finish(run_named("one", reason="lost"), b"")
     assert again.request("one") is None
     assert len(again.unfinished()) == 1
@@ -336,7 +338,7 @@ def test_a_cancel_is_not_overridden_by_a_stop(store: Store) -> None:
     store.ask("one", Ask("stopped").recorded)
     store.ask("one", Ask("cancelled").recorded)
     store.ask("one", Ask("stopped", "SIGTERM").recorded)
-    ((*_, asked, _),) = store.unfinished()
+    ((*_, asked, _, _),) = store.unfinished()
     assert Ask.parse(asked) == Ask("cancelled")
 
 

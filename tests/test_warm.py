@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import json
 import re
 import shutil
@@ -19,13 +20,21 @@ import docker
 import pytest
 
 import lightrun
-from conftest import Daemon, DaemonFactory, Receiver, eventually
+from conftest import ROOT, Daemon, DaemonFactory, Receiver, eventually
 from engine import IMAGE, EngineApi, PrivateEngine
 from images import Registry, make_image
 from relay import Relay, unix_socket
+from soak import Counter
 
 COMMAND_IMAGE = "lightrun/busybox-command:latest"
 VOLUME_IMAGE = "lightrun/busybox-warm-volume:latest"
+
+
+@pytest.fixture(scope="session")
+def pyz() -> Path:
+    """Instead of the zip: the daemon that can be told where to die."""
+    return ROOT / "tests/launcher.py"
+
 
 # ---------------------------------------------------------------- The shim
 
@@ -208,10 +217,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "out of memory": {"entrypoint": "tail /dev/zero"},
     "limit of output": {"entrypoint": "yes", "outputLimit": 1000},
     "children": {"entrypoint": "(sleep 60; echo late) & (setsid sleep 60 &) ; (sleep 0.3; echo waited for) & wait $!; echo end"},
-    "a bomb": {
-        "entrypoint": "f() { f | f & }; f 2>/dev/null; i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done; echo survived",
-        "timeout": 5000,
-    },
+    "a bomb": {"entrypoint": "f() { f | f & }; f 2>/dev/null; i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done; echo survived"},
 }  # fmt: skip
 
 
@@ -296,14 +302,119 @@ def test_a_warm_run_is_timed_from_its_hand_out(pair: tuple[Daemon, Daemon]) -> N
 
 
 def test_which_runs_start_cold(pair: tuple[Daemon, Daemon], uid_image: str) -> None:
-    """Those that would have made another container, or must survive lightrun."""
+    """Those that would have made another container, or must survive lightrun with a stdin that is to be written first."""
     _, warm = pair
     for fields in ({"memory": "64m"}, {"cpus": 0.5}, {"pids": 50}, {"fileSize": "1m"}, {"image": uid_image, "workdir": "/new"}):
         eventually(lambda: len(waiting(warm)) >= 7, 60)
         state = warm.run(**{"entrypoint": "true", **fields})
         assert (state["status"], "warm" in state) == ("succeeded", False)
-    run = warm.detach(entrypoint="true")
-    assert "warm" not in warm.wait(run)
+    eventually(lambda: len(waiting(warm)) >= 7, 60)
+    state = warm.wait(warm.detach(entrypoint="wc -c", stdin="x" * (lightrun.PIPE_BYTES + 1)))
+    assert (state["logs"], "warm" in state) == (["65537"], False)
+
+
+# ---------------------------------------------------------------- Runs that survive lightrun
+
+SURVIVOR: dict[str, Any] = {
+    "entrypoint": "cat; cat a/b; sleep 1; echo end; exit 3", "stdin": "in\n", "files": {"a/b": "file\n"}, "detached": True,
+}  # fmt: skip
+
+
+def full(daemon: Daemon, count: int = 1) -> Daemon:
+    """Wait until the pool has so many containers, and knows them. The first of all only tells the home, and goes at once."""
+    seen: list[set[str]] = []
+
+    def stays() -> bool:
+        seen.append({entry["Id"] for entry in waiting(daemon)})
+        return len(seen) > 3 and len(seen[-1]) == count and seen[-1] == seen[-2] == seen[-3]
+
+    assert eventually(stays, 60, 0.5)
+    return daemon
+
+
+def restart(daemon: Daemon, trap: str = "") -> None:
+    """Start it again, with another trap or none."""
+    daemon.env["LIGHTRUN_TRAP"] = trap
+    daemon.start(wait=not trap)
+
+
+def test_detached_and_keyed_runs_are_warm_too(pair: tuple[Daemon, Daemon]) -> None:
+    _, warm = pair
+    for length in (0, 1, lightrun.PIPE_BYTES):
+        full(warm, 7)
+        state = warm.wait(warm.detach(entrypoint="wc -c; cat a", files={"a": "b\n"}, stdin="x" * length))
+        assert (state["logs"], state["exitCode"], state.get("warm")) == ([str(length), "b"], 0, True)
+    full(warm, 7)
+    fields = {**warm.fields, "entrypoint": "readlink /proc/self/fd/0; echo once; exit 5"}
+    states = [warm.request("POST", "/run", fields, headers={"Idempotency-Key": "k"}).json() for _ in range(2)]
+    assert states[0] == states[1]
+    assert (states[0]["logs"], states[0]["exitCode"], states[0].get("warm")) == (["/dev/null", "once"], 5, True)
+
+
+def test_an_adopted_run(daemon: DaemonFactory) -> None:
+    """It keeps its deadline, which does not count from its container's start, its log, its stdin and its exit code."""
+    lightrun_ = full(daemon("--warm", f"{IMAGE}=4/none"), 4)
+    time.sleep(3)
+    runs = [
+        lightrun_.detach(entrypoint="cat; echo before; sleep 4; echo after; echo x > y; exit 0", stdin="in\n", extract=["y"]),
+        lightrun_.detach(entrypoint="sleep 60", timeout=4000),
+        lightrun_.detach(entrypoint="sleep 1; exit 125"),
+        lightrun_.detach(entrypoint="printf '\\0out\\n'; sleep 1; exit 125"),
+    ]
+    before = [lightrun_.wait_for(run, lambda state: "startedAt" in state) for run in runs]
+    lightrun_.wait_for(runs[0], lambda state: "before" in state["logs"])
+    lightrun_.kill()
+    time.sleep(2)
+    restart(lightrun_)
+    states = [lightrun_.wait(run) for run in runs]
+    assert [state.get("warm") for state in states] == [True] * 4
+    assert [state["startedAt"] for state in states] == [state["startedAt"] for state in before]
+    assert [(state["reason"], state["exitCode"]) for state in states] == [
+        ("exited", 0), ("timeout", 137), ("exited", 125), ("exited", 125),
+    ]  # fmt: skip
+    assert 4000 <= states[1]["timings"]["run"] < 5000
+    assert 1000 <= states[2]["timings"]["run"] < 1500
+    logs = [lightrun_.request("GET", f"/runs/{run}/logs").body for run in runs]
+    assert logs == [b"in\nbefore\nafter\n", b"", b"", b"\0out\n"]
+    assert not any(state["logsTruncated"] for state in states)
+    assert lightrun_.request("GET", f"/runs/{runs[0]}/artifacts/y").body == b"x\n"
+    assert eventually(lambda: len(waiting(lightrun_)) == len(lightrun_.containers()) == 4, 60)
+
+
+@pytest.mark.parametrize(
+    ("traps", "is_warm"),
+    [
+        (("Pools.hand_out before 1",), None),
+        (("Store.begin before 1",), None),  # from here on it is known that it was handed out, but not whether whole
+        (("Store.begin after 1",), False),
+        (("Store.begin after 1", "Store.take_back before 1"), False),
+        (("Store.begin after 1", "Store.take_back after 1"), None),
+        (("Store.begin after 1", "Runner._hand_out after 1"), None),
+        (("Pools.hand_out after 1",), True),
+        (("Runner._became after 1",), True),
+        (("Runner._became after 1", "Runner._has_become after 1"), True),
+        (("Runner._feed after 1",), True),
+        (("Store.finish before 1",), True),
+    ],
+)  # fmt: skip
+def test_a_kill_at_each_step(daemon: DaemonFactory, traps: tuple[str, ...], is_warm: bool | None) -> None:
+    """The run's program begins once: in the warm container if it was told to, and else in one of its own."""
+    with contextlib.closing(Counter()) as counter:
+        lightrun_ = full(daemon("--warm", f"{IMAGE}=1", env={"LIGHTRUN_TRAP": traps[0]}).online())
+        tell = f"echo run | nc -w 20 $(ip route | awk '/default/ {{print $3}}') {counter.port} > /dev/null; "
+        body = {"image": IMAGE, **SURVIVOR, "entrypoint": tell + SURVIVOR["entrypoint"]}
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it may die before it has answered
+            assert lightrun_.request("POST", "/run", body).status == 202
+        for trap in (*traps[1:], ""):
+            assert lightrun_.process.wait(20) == -9
+            restart(lightrun_, trap)
+        [run] = lightrun_.request("GET", "/runs").json()
+        state = lightrun_.wait(run["id"])
+        assert (state["reason"], state["exitCode"], state["logs"]) == ("exited", 3, ["in", "file", "end"])
+        assert lightrun_.request("GET", f"/runs/{run['id']}/logs").body == b"in\nfile\nend\n"
+        assert counter.starts == {"run": 1}
+        assert is_warm in {None, state.get("warm", False)}
+        assert eventually(lambda: len(waiting(lightrun_)) == len(lightrun_.containers()) == 1, 60)
 
 
 # ---------------------------------------------------------------- Pools come and go
