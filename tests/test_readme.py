@@ -91,6 +91,16 @@ def test_the_socket_command_works(daemon: DaemonFactory, tmp_path: Path) -> None
     assert {**told, "id": answer["id"]}.items() <= answer.items()
 
 
+def test_files_go_from_run_to_run(daemon: DaemonFactory, tmp_path: Path) -> None:
+    started = daemon()
+    (block,) = _blocks("run files")
+    out = _shell(block.replace("localhost:3000", f"localhost:{started.port}"), tmp_path)
+    first = json.loads((tmp_path / "first.json").read_text())
+    assert (first["logs"], first["exitCode"]) == (["world"], 0)
+    assert [entry["path"] for entry in first["artifacts"]] == ["built", "built/bin", "built/bin/tool"]
+    assert out.strip() == _block("json", '"built for you"').strip()
+
+
 PROGRAMS = {  # and what the grader sees: reason, exit code, whether the output is right
     "read a b; echo $((a + b))": ("exited", "0", "true"),
     "read a b; echo $((a - b))": ("exited", "0", "false"),
