@@ -3239,7 +3239,7 @@ def container_environment(image: Image, hostname: str, home: str, env: Mapping[s
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a container whose image has none
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pool:
     """What `--warm` asks for, and the request that its containers are made of."""
 
@@ -3280,16 +3280,24 @@ class Warm:
             return False
 
 
-class Pools:
-    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place."""
+MISSES = ("image", "network", "limits", "user", "command", "environment", "stdin", "empty", "failed")
 
-    def __init__(self, settings: Settings, engine: Engine, slots: Slots, is_busy: Callable[[], bool]) -> None:
-        self._settings, self._engine, self._slots, self._is_busy = settings, engine, slots, is_busy
+
+class Pools:
+    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place. `counts` has how
+    many runs got one (`hit`), and how many did not, by what was in the way (MISSES)."""
+
+    def __init__(
+        self, settings: Settings, engine: Engine, slots: Slots, is_busy: Callable[[], bool], tidy_up: Callable[[], None]
+    ) -> None:
+        self._settings, self._engine, self._slots, self._is_busy, self._tidy_up = settings, engine, slots, is_busy, tidy_up
         self._pools = [self._pool(*parse_warm(text)) for text in settings.warm]
         self._machine: Machine | None = None  # the engine's
         self._lock = threading.Lock()  # guards all below
         self._ready: list[Warm] = []
         self._ids: set[str] = set()  # of all that are being made, wait, or were handed out
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._images: dict[str, str] = {}  # today's id of each pool's
         self._homes: dict[str, str | None] = {}  # of the users of images; None where the environment is not the one we know
         self._news = threading.Event()
         self._ending = threading.Event()
@@ -3318,25 +3326,41 @@ class Pools:
         with self._lock:
             self._ids.add(warm_id)
 
-    def take(self, image: Image, request: RunRequest) -> Warm | None:
-        """A warm container that is just what the run would have made, for it alone; None when there is none."""
-        while True:
+    def take(self, image: Image, request: RunRequest, lasting: bool) -> Warm | None:
+        """A warm container that is just what the run would have made, for it alone; None when there is none. `lasting`: the run
+        survives lightrun."""
+        misfits = {pool: self._misfit(pool, image, request, lasting) for pool in self._pools}
+        while misfits:
             with self._lock:
-                found = next((warm for warm in self._ready if self._fits(warm, image, request)), None)
+                found = next((warm for warm in self._ready if warm.image.id == image.id and not misfits[warm.pool]), None)
                 self._news.set()
                 if found is None:
+                    self.counts[max((why or "empty" for why in misfits.values()), key=MISSES.index)] += 1
                     return None
                 self._ready.remove(found)
             if found.alive:
                 return found
             self.discard(found)
+        return None
 
-    def _fits(self, warm: Warm, image: Image, request: RunRequest) -> bool:
-        ours = warm.pool.request
-        same = all(getattr(ours, name) == getattr(request, name) for name in ("network", "memory", "cpus", "pids", "file_size"))
-        roomy = image.root or (not request.files and request.workdir == ours.workdir)  # else a folder cannot be made
-        plain = bool(request.command or image.command) and not (request.env.get("HOME") == "" and image.has("HOME"))
-        return same and roomy and plain and warm.image.id == image.id
+    def _misfit(self, pool: Pool, image: Image, request: RunRequest, lasting: bool) -> str:
+        """What keeps a run from a pool, the first of MISSES; "" for nothing."""
+        ours = pool.request
+        misses = {
+            "image": pool.image != request.reference and self._images.get(pool.image) != image.id,
+            "network": ours.network != request.network,
+            "limits": any(getattr(ours, name) != getattr(request, name) for name in ("memory", "cpus", "pids", "file_size")),
+            "user": not image.root and (bool(request.files) or request.workdir != ours.workdir),  # a folder cannot be made
+            "command": not (request.command or image.command),
+            "environment": request.env.get("HOME") == "" and image.has("HOME"),
+            "stdin": lasting and not is_fed_before(request),
+        }
+        return next((miss for miss, holds in misses.items() if holds), "")
+
+    def count(self, what: str) -> None:
+        """Note what became of a run that was given a warm container."""
+        with self._lock:
+            self.counts[what] += 1
 
     def hand_out(self, warm: Warm, request: RunRequest, record: Callable[[], None]) -> bool:
         """Send a run to a warm container, and `record` that before the last frame; false when it did not get all of that, so
@@ -3358,8 +3382,13 @@ class Pools:
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
         warm.output.close()
-        self._slots.vacate(warm.slot, warm.container)
-        self.forget(warm.id)
+        self._drop(warm.id, warm.slot)
+
+    def _drop(self, warm_id: str, slot: Slot | None) -> None:
+        removed = self._slots.vacate(slot, container_name(warm_id))
+        self.forget(warm_id)
+        if not removed:
+            self._tidy_up()
 
     def forget(self, warm_id: str) -> None:
         """It is gone, or the keeper may remove it."""
@@ -3414,6 +3443,7 @@ class Pools:
 
     def _refill(self, pool: Pool, image: Image) -> None:
         with self._lock:
+            self._images[pool.image] = image.id
             stale = [warm for warm in self._ready if warm.pool is pool and (warm.image.id != image.id or not warm.alive)]
             self._ready = [warm for warm in self._ready if warm not in stale]
         for warm in stale:
@@ -3489,12 +3519,7 @@ class Pools:
         except BaseException:
             if wire:
                 wire.close()
-            with contextlib.suppress(EngineError):
-                self._engine.remove(container_name(run_id))
-                if slot:
-                    self._slots.give_back(slot)
-            with self._lock:
-                self._ids.discard(run_id)
+            self._drop(run_id, slot)
             raise
 
 
@@ -4169,7 +4194,7 @@ class Runner:
         self._places = Places(settings.max_concurrent, settings.queue, self._execute)
         self._pulls = Pulls(engine, settings.pull_timeout)
         self.slots = Slots(engine, store.id)
-        self.pools = Pools(settings, engine, self.slots, lambda: self._places.queued() > 0)
+        self.pools = Pools(settings, engine, self.slots, lambda: self._places.queued() > 0, self._keeper.tidy_up)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -4433,8 +4458,7 @@ class Runner:
     def _hand_out(self, job: Job, engine: Engine, image: Image) -> bool:
         """The twin of create, put, attach and start: give the run to a warm container. False when it is to start cold; then no
         program of it has begun."""
-        held = job.chilled or not (job.run.waited or is_fed_before(job.request))
-        warm = None if held else self.pools.take(image, job.request)
+        warm = None if job.chilled else self.pools.take(image, job.request, lasting=not job.run.waited)
         if warm is None:
             return False
         now, (earliest, latest, started) = job.now() - time.monotonic(), warm.started
@@ -4446,7 +4470,9 @@ class Runner:
         job.stdin = None if job.fed else warm.output
         if not self._became(job, warm):
             warm.output.close()
+            self.pools.count("failed")
             return self._has_started(job, engine)
+        self.pools.count("hit")
         job.run.warm, job.run.started = True, job.hand_out.at + job.shift
         job.starting = sent, job.now()
         job.killing.by(time.monotonic() + job.request.timeout)
@@ -4494,7 +4520,6 @@ class Runner:
                     if any(stream in STREAMS for stream, _ in reader.feed(data)):
                         return True
             if (state := engine.inspect(job.container)).running:
-                job.check()
                 raise EngineAbsent("the engine does not say whether a warm container has become the run's program")
         if state.exit_code != SHIM_GAVE_UP:
             job.check()
@@ -4536,6 +4561,10 @@ class Runner:
         except EngineMissing as error:
             if job.begun:
                 raise RunEnds("lost", "the container vanished") from error
+        except EngineAbsent:
+            if job.hand_out:  # what cannot be told need not be, of a run that is to end
+                job.check()
+            raise
         if not job.begun and job.hearing is Hearing.LIVE:
             job.hear(Hearing.NOTHING)
         return False
@@ -4717,7 +4746,7 @@ class Runner:
             late = time.monotonic() + ENGINE_SECONDS
             while job.hearing is not Hearing.ENDED and time.monotonic() < late:
                 job.patience.heard()
-                if not self._listen(job, engine, QUIET_SECONDS):
+                if not self._listen(job, engine, QUIET_SECONDS / 2 if job.dropped else QUIET_SECONDS):
                     break
             if job.hearing is Hearing.LIVE:
                 job.hear(Hearing.COPY)

@@ -639,7 +639,8 @@ class Bench:
 
     def _inject(self, cell: Cell) -> Rule | None:
         if cell.call == "logs":
-            self.proxy.inject(*(("hand-out", "mid", "close") if cell.kind == "warm" else ("attach", "mid", "end")), times=1)
+            broken = ("hand-out", "mid", "close") if cell.kind == "warm" else ("attach", "mid", "end")
+            self.proxy.inject(*broken, times=1, after=1 << 20 if cell.kind == "warm" else None)  # when it was handed out whole
         return self.proxy.inject(cell.call, cell.point, cell.fault, 1 if cell.mode == "once" else math.inf) if cell.call else None
 
     @staticmethod
@@ -774,12 +775,13 @@ class Bench:
 
 
 def lowered(daemon: Daemon) -> Daemon:
-    """Have a daemon that is not started yet lower those constants of LOWERED that there are. It runs from the source tree."""
-    launcher = daemon.folder / "launcher.py"
-    lines = [f"if hasattr(lightrun, {name!r}): lightrun.{name} = {value}" for name, value in LOWERED.items()]
-    path = f"sys.path.insert(0, {str(ROOT)!r})"
-    launcher.write_text("\n".join(["import sys", path, "import lightrun", *lines, "sys.exit(lightrun.main())"]))
-    daemon.command[daemon.command.index("serve") - 1] = str(launcher)
+    """Have a daemon that is not started yet run from a copy of the source with the constants of LOWERED."""
+    source, copy = (ROOT / "lightrun.py").read_text(), daemon.folder / "lightrun.py"
+    for name, value in LOWERED.items():
+        source, count = re.subn(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
+        assert count == 1
+    copy.write_text(source)
+    daemon.command[daemon.command.index("serve") - 1] = str(copy)
     return daemon
 
 
