@@ -3030,6 +3030,10 @@ class Slots:
 # So all that a run needs is written here, in Python: its folders and files, and at last the execve of its program, with the
 # arguments and environment that the engine would have given it. What follows on standard input is the program's. When
 # lightrun goes away, the input ends, and so does the shim.
+#
+# Which container a run was given is recorded when all but the last frame is sent; so a run without that record has not begun,
+# and starts cold. One with it has begun if its container has printed anything: the shim says HANDED_OUT just before the execve,
+# and nothing when it gives up.
 
 SHIM = "/.lightrun"  # where it lies in a container, until it is handed out
 SHIM_BASE, SHIM_ROOM = 0x20000000, 4 * MIB  # where it puts a frame, and the room there
