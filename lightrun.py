@@ -3417,7 +3417,8 @@ class Pools:
         pause = RETRY_SECONDS
         while not self._ending.is_set():
             try:
-                architecture = str(self._engine.about().get("Architecture"))
+                if not (architecture := self._engine.about().get("Architecture")):
+                    raise EngineAbsent("the engine does not tell its architecture")
                 self._machine = MACHINES.get(architecture) if self._engine.plain else None
                 if self._machine is None:
                     log.warning("--warm: runs start cold: no shim for %s, or an engine behind TLS", architecture)

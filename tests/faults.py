@@ -570,8 +570,11 @@ class Bench:
             self._warm = warm
             options = ("--docker-host", self.proxy.host, "--max-concurrent", "1", "--queue", "0")
             pool = ("--warm", f"{IMAGE}=1/none") if warm else ()
-            self._daemon = lowered(Daemon(ROOT, self._client, (*options, *pool), socket=True))
-            self._daemon.start()
+            self._daemon = daemon = lowered(Daemon(ROOT, self._client, (*options, *pool), socket=True))
+            daemon.start()
+            fields = {"image": IMAGE, "entrypoint": ["true"]}
+            first = warm and eventually(lambda: daemon.run(**fields).get("warm"), 60, 0.5)  # until the pool has what stays
+            self._must(first == warm, "no warm run")
         return self._daemon
 
     def _discard(self) -> None:
@@ -628,7 +631,7 @@ class Bench:
         self._must(not run or daemon.state(run) == state, "its state changed after the end")
 
     def _is_full(self, daemon: Daemon) -> bool:
-        """Whether a warm container is there, if there is to be one, and stays: the first of all goes at once."""
+        """Whether a warm container is there, if there is to be one, and stays."""
         seen: list[list[str]] = []
 
         def stays() -> bool:
