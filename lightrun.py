@@ -3710,6 +3710,10 @@ class Slots:
 # So all that a run needs is written here, in Python: its folders and files, and at last the execve of its program, with the
 # arguments and environment that the engine would have given it. What follows on standard input is the program's. When
 # lightrun goes away, the input ends, and so does the shim.
+#
+# Which container a run was given is recorded when all but the last frame is sent; so a run without that record has not begun,
+# and starts cold. One with it has begun if its container has printed anything: the shim says HANDED_OUT just before the execve,
+# and nothing when it gives up.
 
 SHIM = "/.lightrun"  # where it lies in a container, until it is handed out
 SHIM_BASE, SHIM_ROOM = 0x20000000, 4 * MIB  # where it puts a frame, and the room there
@@ -3946,7 +3950,7 @@ def container_environment(image: Image, hostname: str, home: str, env: Mapping[s
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of a container whose image has none
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pool:
     """What `--warm` asks for, and the request that its containers are made of."""
 
@@ -3976,7 +3980,6 @@ class Warm:
     slot: Slot | None
     output: Reply
     started: tuple[float, float, float]
-    made: bool  # the usual workdir, for a user who could not make it
     clock: float = dataclasses.field(default_factory=lambda: time.time() - time.monotonic())
 
     @property
@@ -3988,17 +3991,27 @@ class Warm:
             return False
 
 
-class Pools:
-    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place."""
+MISSES = ("image", "network", "limits", "user", "command", "environment", "stdin", "empty", "failed")
 
-    def __init__(self, settings: Settings, engine: Engine, layout: Layout, slots: Slots, is_busy: Callable[[], bool]) -> None:
+
+class Pools:
+    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place. `counts` has how
+    many runs got one (`hit`), and how many did not, by what was in the way (MISSES)."""
+
+    def __init__(
+        self, settings: Settings, engine: Engine, layout: Layout, slots: Slots, queued: Callable[[], int],
+        tidy_up: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._settings, self._engine, self._layout, self._slots = settings, engine, layout, slots
-        self._is_busy = is_busy
+        self._queued, self._tidy_up = queued, tidy_up
+        self._roomy: set[str] = set()  # ids of images for whose user the usual workdir was made
         self._pools = [self._pool(*parse_warm(text)) for text in settings.warm]
         self._machine: Machine | None = None  # the engine's
         self._lock = threading.Lock()  # guards all below
         self._ready: list[Warm] = []
         self._ids: set[str] = set()  # of all that are being made, wait, or were handed out
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._images: dict[str, str] = {}  # today's id of each pool's
         self._homes: dict[str, str | None] = {}  # of the users of images; None where the environment is not the one we know
         self._news = threading.Event()
         self._ending = threading.Event()
@@ -4027,25 +4040,42 @@ class Pools:
         with self._lock:
             self._ids.add(warm_id)
 
-    def take(self, image: Image, request: RunRequest) -> Warm | None:
-        """A warm container that is just what the run would have made, for it alone; None when there is none."""
-        while True:
+    def take(self, image: Image, request: RunRequest, lasting: bool) -> Warm | None:
+        """A warm container that is just what the run would have made, for it alone; None when there is none. `lasting`: the run
+        survives lightrun."""
+        misfits = {pool: self._misfit(pool, image, request, lasting) for pool in self._pools}
+        while misfits:
             with self._lock:
-                found = next((warm for warm in self._ready if self._fits(warm, image, request)), None)
+                found = next((warm for warm in self._ready if warm.image.id == image.id and not misfits[warm.pool]), None)
                 self._news.set()
                 if found is None:
+                    self.counts[max((why or "empty" for why in misfits.values()), key=MISSES.index)] += 1
                     return None
                 self._ready.remove(found)
             if found.alive:
                 return found
             self.discard(found)
+        return None
 
-    def _fits(self, warm: Warm, image: Image, request: RunRequest) -> bool:
-        ours = warm.pool.request
-        same = all(getattr(ours, name) == getattr(request, name) for name in ("network", "memory", "cpus", "pids", "file_size"))
-        roomy = image.root or (warm.made and request.workdir == DEFAULT_WORKDIR and not request.setup)  # else nothing can be made
-        plain = bool(request.command or image.command) and not (request.env.get("HOME") == "" and image.has("HOME"))
-        return same and roomy and plain and warm.image.id == image.id
+    def _misfit(self, pool: Pool, image: Image, request: RunRequest, lasting: bool) -> str:
+        """What keeps a run from a pool, the first of MISSES; "" for nothing."""
+        ours = pool.request
+        roomy = image.root or (image.id in self._roomy and request.workdir == DEFAULT_WORKDIR and not request.setup)
+        misses = {
+            "image": pool.image != request.reference and self._images.get(pool.image) != image.id,
+            "network": ours.network != request.network,
+            "limits": any(getattr(ours, name) != getattr(request, name) for name in ("memory", "cpus", "pids", "file_size")),
+            "user": not roomy,  # its files and folders cannot be made
+            "command": not (request.command or image.command),
+            "environment": request.env.get("HOME") == "" and image.has("HOME"),
+            "stdin": lasting and not is_fed_before(request.stdin),
+        }
+        return next((miss for miss, holds in misses.items() if holds), "")
+
+    def count(self, what: str) -> None:
+        """Note what became of a run that was given a warm container."""
+        with self._lock:
+            self.counts[what] += 1
 
     def hand_out(
         self, warm: Warm, request: RunRequest, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]],
@@ -4072,8 +4102,13 @@ class Pools:
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
         warm.output.close()
-        self._slots.vacate(warm.slot, warm.container)
-        self.forget(warm.id)
+        self._drop(warm.id, warm.slot)
+
+    def _drop(self, warm_id: str, slot: Slot | None) -> None:
+        removed = self._slots.vacate(slot, container_name(warm_id))
+        self.forget(warm_id)
+        if not removed:
+            self._tidy_up()
 
     def forget(self, warm_id: str) -> None:
         """It is gone, or the keeper may remove it."""
@@ -4098,7 +4133,8 @@ class Pools:
         pause = RETRY_SECONDS
         while not self._ending.is_set():
             try:
-                architecture = str(self._engine.about().get("Architecture"))
+                if not (architecture := self._engine.about().get("Architecture")):
+                    raise EngineAbsent("the engine does not tell its architecture")
                 self._machine = MACHINES.get(architecture) if self._engine.plain else None
                 if self._machine is None:
                     log.warning("--warm: runs start cold: no shim for %s, or an engine behind TLS", architecture)
@@ -4128,6 +4164,7 @@ class Pools:
 
     def _refill(self, pool: Pool, image: Image) -> None:
         with self._lock:
+            self._images[pool.image] = image.id
             stale = [warm for warm in self._ready if warm.pool is pool and (warm.image.id != image.id or not warm.alive)]
             self._ready = [warm for warm in self._ready if warm not in stale]
         for warm in stale:
@@ -4137,7 +4174,7 @@ class Pools:
             with self._lock:
                 if sum(warm.pool is pool for warm in self._ready) >= pool.count:
                     return
-            if self._is_busy():
+            if self._queued():
                 time.sleep(DISCONNECT_POLL_SECONDS)
                 continue
             warm = self._make(pool, image, home)
@@ -4191,8 +4228,9 @@ class Pools:
             program = shim(self._machine)
             placed = [Entry(SHIM[1:], content=program, size=len(program))]
             stands = self._layout.standing(self._engine, container, image, DEFAULT_WORKDIR)
-            if made := not image.root and stands is Standing.NOTHING:
+            if not image.root and stands is Standing.NOTHING:
                 placed.append(Entry(DEFAULT_WORKDIR[1:], tarfile.DIRTYPE))
+                self._roomy.add(image.id)
             owner = self._layout.owner(self._engine, container, image)
             self._engine.put(container, put_tar(placed, owner, lambda _: iter([program]), time.time()))
             wire = self._engine.attach_whole(container)
@@ -4203,16 +4241,11 @@ class Pools:
             answered, state = time.monotonic(), self._engine.inspect(container)
             if not state.running or state.started is None:
                 raise EngineError("a warm container has ended before it was used")
-            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started), made)
+            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started))
         except BaseException:
             if wire:
                 wire.close()
-            with contextlib.suppress(EngineError):
-                self._engine.remove(container_name(run_id))
-                if slot:
-                    self._slots.give_back(slot)
-            with self._lock:
-                self._ids.discard(run_id)
+            self._drop(run_id, slot)
             raise
 
 
@@ -4925,7 +4958,7 @@ class Runner:
         self._pulls = Pulls(engine, settings.pull_timeout)
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
-        self.pools = Pools(settings, engine, self._layout, self.slots, lambda: self._places.queued() > 0)
+        self.pools = Pools(settings, engine, self._layout, self.slots, self._places.queued, self._keeper.tidy_up)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -5240,8 +5273,7 @@ class Runner:
     def _hand_out(self, job: Job, engine: Engine, image: Image) -> bool:
         """The twin of create, put, attach and start: give the run to a warm container. False when it is to start cold; then no
         program of it has begun."""
-        held = job.chilled or not (job.run.waited or is_fed_before(job.request.stdin))
-        warm = None if held else self.pools.take(image, job.request)
+        warm = None if job.chilled else self.pools.take(image, job.request, lasting=not job.run.waited)
         if warm is None:
             return False
         try:
@@ -5258,7 +5290,9 @@ class Runner:
         job.stdin = None if job.fed else warm.output
         if not self._became(job, warm, planned):
             warm.output.close()
+            self.pools.count("failed")
             return self._has_started(job, engine)
+        self.pools.count("hit")
         job.run.warm, job.run.started = True, job.hand_out.at + job.shift
         job.starting = sent, job.now()
         job.killing.by(time.monotonic() + job.request.timeout)
@@ -5315,7 +5349,6 @@ class Runner:
                     if any(stream in STREAMS for stream, _ in reader.feed(data)):
                         return True
             if (state := engine.inspect(job.container)).running:
-                job.check()
                 raise EngineAbsent("the engine does not say whether a warm container has become the run's program")
         if state.exit_code != SHIM_GAVE_UP:
             job.check()
@@ -5357,6 +5390,10 @@ class Runner:
         except EngineMissing as error:
             if job.begun:
                 raise RunEnds("lost", "the container vanished") from error
+        except EngineAbsent:
+            if job.hand_out:  # what cannot be told need not be, of a run that is to end
+                job.check()
+            raise
         if not job.begun and job.hearing is Hearing.LIVE:
             job.hear(Hearing.NOTHING)
         return False
@@ -5545,7 +5582,7 @@ class Runner:
             late = time.monotonic() + ENGINE_SECONDS
             while job.hearing is not Hearing.ENDED and time.monotonic() < late:
                 job.patience.heard()
-                if not self._listen(job, engine, QUIET_SECONDS):
+                if not self._listen(job, engine, QUIET_SECONDS / 2 if job.dropped else QUIET_SECONDS):
                     break
             if job.hearing is Hearing.LIVE:
                 job.hear(Hearing.COPY)

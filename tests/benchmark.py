@@ -20,6 +20,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -50,9 +51,11 @@ from engine import DEFAULT_HOST, IMAGE, EngineApi, EngineError, UnixConnection, 
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
+PYTHON_IMAGE = "lightrun/python:latest"
 START_SECONDS = 30.0
 SETTLE_SECONDS = 180.0
 POLL_SECONDS = 0.003
+PYTHON: dict[str, Any] = {"image": PYTHON_IMAGE, "entrypoint": ["python3", "-c", "print(1)"]}
 PLAIN: dict[str, Any] = {"image": IMAGE, "entrypoint": ["true"]}
 FILES: dict[str, Any] = {"image": IMAGE, "files": {"in": "hello\n"}, "entrypoint": ["cp", "in", "out"], "extract": ["out"]}
 LIMITS = (
@@ -150,6 +153,8 @@ class Client:
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run a request to its end; its state. Raises BenchmarkError when the run fails or keeps nothing."""
         state: dict[str, Any] = self.call("POST", "/run", request)
+        if request.get("detached"):
+            state = self.call("GET", f"{state['url']}?wait=60000")
         if state["status"] != "succeeded" or ("extract" in request and not state.get("artifacts")):
             raise BenchmarkError(f"a run failed: {state}")
         return state
@@ -335,10 +340,21 @@ class Bench:
             raise BenchmarkError(f"a bare run ended with {code}")
         return (time.perf_counter() - began) * 1000, kept
 
-    def docker_run(self) -> float:
+    def docker_run(self, request: Mapping[str, Any] = PLAIN) -> float:
         """The ms of `docker run --rm` with lightrun's limits."""
         label = f"--label=lightrun.state={self.engine_label}"
-        return milliseconds(lambda: self.docker("run", "--rm", label, *LIMITS, IMAGE, "true"))
+        return milliseconds(lambda: self.docker("run", "--rm", label, *LIMITS, request["image"], *request["entrypoint"]))
+
+    def has_python(self) -> bool:
+        """Whether there is an image of Debian's Python; made of its packages when there is none and there is time."""
+        api = EngineApi()
+        if not self.short and not api.inspect_image(PYTHON_IMAGE) and shutil.which("debootstrap"):
+            with tempfile.TemporaryDirectory(prefix="python-") as root:
+                packages = ["debootstrap", "--variant=minbase", "--include=python3", "stable", root]
+                subprocess.run(packages, stdout=subprocess.DEVNULL, check=True)
+                archive = subprocess.run(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE, check=True).stdout
+            api.import_image(archive, PYTHON_IMAGE, [])
+        return bool(api.inspect_image(PYTHON_IMAGE))
 
     @staticmethod
     def docker(*arguments: str) -> None:
@@ -418,17 +434,21 @@ def drive(clients: int, runs: int, make: Callable[[contextlib.ExitStack], Callab
 
 
 def measure_warm(bench: Bench) -> list[Row]:
-    """Runs in warm containers, of which there are four before each, and what these cost while they wait."""
-    pool = 4
-    warm = bench.daemon("--warm", f"{IMAGE}={pool}")
+    """Runs in warm containers, of which there are four of an image before each, and what these cost while they wait."""
+    pool, images = 4, [IMAGE, *[PYTHON_IMAGE] * bench.has_python()]
+    warm = bench.daemon(*(word for image in images for word in ("--warm", f"{image}={pool}")))
 
-    def waiting() -> list[str]:
-        found = bench.api.containers(filters={"label": [f"lightrun.state={warm.state_id}"], "status": ["running"]})
-        return [about["Id"] for about in found if about["Command"].startswith(lightrun.SHIM)]
+    def waiting(image: str = "") -> list[str]:
+        names = {"label": [f"lightrun.state={warm.state_id}"], "status": ["running"], **({"ancestor": image} if image else {})}
+        return [about["Id"] for about in bench.api.containers(filters=names) if about["Command"].startswith(lightrun.SHIM)]
+
+    def fill() -> None:
+        full = pool * len(images)
+        until(lambda: len(waiting()) == full and len(bench.containers(warm.state_id)) == full, "pools that are full")
+        time.sleep(0.2)
 
     def run(client: Client, request: Mapping[str, Any]) -> float:
-        until(lambda: len(waiting()) == pool and len(bench.containers(warm.state_id)) == pool, "a pool that is full")
-        time.sleep(0.2)
+        fill()
         state: dict[str, Any] = {}
         took = milliseconds(lambda: state.update(client.run(request)))
         if not state.get("warm"):
@@ -436,27 +456,46 @@ def measure_warm(bench: Bench) -> list[Row]:
         return took
 
     with warm.client() as client, bench.tcp.client() as cold:
-        calls: dict[str, Callable[[], float]] = {
-            "plain": lambda: run(client, PLAIN),
-            "files": lambda: run(client, FILES),
-            "docker run": bench.docker_run,
-            "cold": lambda: bench.run(bench.tcp, cold, FILES),
-        }
+        requests = {"plain": PLAIN, "files": FILES, "detached": {**PLAIN, "detached": True}}
+        calls: dict[str, Callable[[], float]] = {"docker run": bench.docker_run}
+        for name, request in requests.items():
+            calls[name] = functools.partial(run, client, request)
+            calls[f"{name}, cold"] = functools.partial(bench.run, bench.tcp, cold, request)
+        if PYTHON_IMAGE in images:
+            calls |= {"python": lambda: run(client, PYTHON), "docker run python": lambda: bench.docker_run(PYTHON)}
         in_turn(1, calls)
         took = in_turn(bench.pick(2, 40), calls)
-        until(lambda: len(waiting()) == pool, "a pool that is full")
-        time.sleep(1)
-        figures = [_processes_of(set(waiting()))]
-        time.sleep(10)
-        figures.append(_processes_of(set(waiting())))
+    fill()
+    time.sleep(1)
+    figures = [_processes_of(set(waiting(IMAGE)))]
+    time.sleep(10)
+    figures.append(_processes_of(set(waiting(IMAGE))))
+    rates = in_turn(bench.pick(1, 5), {"warm": lambda: _steady_rate(bench, warm), "cold": lambda: _steady_rate(bench, bench.tcp)})
     warm.stop()
-    return [
+    rows = [
         compare("plain run, warm", took["plain"], "docker run --rm", took["docker run"], bar="≤ 0.20"),
         compare("run with files, warm", took["files"], "docker run --rm", took["docker run"], bar="≤ 0.40"),
-        compare("run with files, warm", took["files"], "cold", took["cold"]),
+        *(compare(f"{name} run, warm", took[name], "cold", took[f"{name}, cold"]) for name in requests),
         Row(f"memory of {pool} warm containers", figures[1][0], "MB", bar="≤ 40 MB"),
         Row(f"CPU in 10 s of {pool} warm containers", figures[1][1] - figures[0][1], "ms", bar="≤ 10 ms"),
+        compare("8 clients with pools", rates["warm"], "without", rates["cold"], "runs/s", "≥ 1.0"),
     ]
+    if "python" in took:
+        rows.append(compare("Python run, warm", took["python"], "docker run --rm", took["docker run python"], bar="≤ 0.22"))
+    return rows
+
+
+def _steady_rate(bench: Bench, daemon: Daemon) -> float:
+    """Plain runs a second of eight clients that have begun already."""
+
+    def client(opened: contextlib.ExitStack) -> Callable[[], object]:
+        return functools.partial(opened.enter_context(daemon.client()).run, PLAIN)
+
+    for runs in (8, bench.pick(8, 64)):
+        seconds, failures = drive(8, runs, client)
+        if failures:
+            raise BenchmarkError(f"{failures} runs failed")
+    return runs / seconds
 
 
 def _processes_of(containers: set[str]) -> tuple[float, float]:

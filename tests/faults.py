@@ -570,8 +570,11 @@ class Bench:
             self._warm = warm
             options = ("--docker-host", self.proxy.host, "--max-concurrent", "1", "--queue", "0")
             pool = ("--warm", f"{IMAGE}=1/none") if warm else ()
-            self._daemon = lowered(Daemon(ROOT, self._client, (*options, *pool), socket=True))
-            self._daemon.start()
+            self._daemon = daemon = lowered(Daemon(ROOT, self._client, (*options, *pool), socket=True))
+            daemon.start()
+            fields = {"image": IMAGE, "entrypoint": ["true"]}
+            first = warm and eventually(lambda: daemon.run(**fields).get("warm"), 60, 0.5)  # until the pool has what stays
+            self._must(first == warm, "no warm run")
         return self._daemon
 
     def _discard(self) -> None:
@@ -628,7 +631,7 @@ class Bench:
         self._must(not run or daemon.state(run) == state, "its state changed after the end")
 
     def _is_full(self, daemon: Daemon) -> bool:
-        """Whether a warm container is there, if there is to be one, and stays: the first of all goes at once."""
+        """Whether a warm container is there, if there is to be one, and stays."""
         seen: list[list[str]] = []
 
         def stays() -> bool:
@@ -639,7 +642,8 @@ class Bench:
 
     def _inject(self, cell: Cell) -> Rule | None:
         if cell.call == "logs":
-            self.proxy.inject(*(("hand-out", "mid", "close") if cell.kind == "warm" else ("attach", "mid", "end")), times=1)
+            broken = ("hand-out", "mid", "close") if cell.kind == "warm" else ("attach", "mid", "end")
+            self.proxy.inject(*broken, times=1, after=1 << 20 if cell.kind == "warm" else None)  # when it was handed out whole
         return self.proxy.inject(cell.call, cell.point, cell.fault, 1 if cell.mode == "once" else math.inf) if cell.call else None
 
     @staticmethod
@@ -774,12 +778,13 @@ class Bench:
 
 
 def lowered(daemon: Daemon) -> Daemon:
-    """Have a daemon that is not started yet lower those constants of LOWERED that there are. It runs from the source tree."""
-    launcher = daemon.folder / "launcher.py"
-    lines = [f"if hasattr(lightrun, {name!r}): lightrun.{name} = {value}" for name, value in LOWERED.items()]
-    path = f"sys.path.insert(0, {str(ROOT)!r})"
-    launcher.write_text("\n".join(["import sys", path, "import lightrun", *lines, "sys.exit(lightrun.main())"]))
-    daemon.command[daemon.command.index("serve") - 1] = str(launcher)
+    """Have a daemon that is not started yet run from a copy of the source with the constants of LOWERED."""
+    source, copy = (ROOT / "lightrun.py").read_text(), daemon.folder / "lightrun.py"
+    for name, value in LOWERED.items():
+        source, count = re.subn(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
+        assert count == 1
+    copy.write_text(source)
+    daemon.command[daemon.command.index("serve") - 1] = str(copy)
     return daemon
 
 

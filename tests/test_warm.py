@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import http.client
 import json
 import re
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -311,6 +313,42 @@ def test_which_runs_start_cold(pair: tuple[Daemon, Daemon], uid_image: str) -> N
     eventually(lambda: len(waiting(warm)) >= 7, 60)
     state = warm.wait(warm.detach(entrypoint="wc -c", stdin="x" * (lightrun.PIPE_BYTES + 1)))
     assert (state["logs"], "warm" in state) == (["65537"], False)
+
+
+def test_misses_are_counted_by_what_was_in_the_way(engine: docker.APIClient) -> None:
+    settings, state_id = lightrun.Settings(warm=(f"{IMAGE}=1/none",)), uuid.uuid4().hex
+    ours = lightrun.Engine(settings, state_id)
+    slots = lightrun.Slots(ours, state_id)
+    pools = lightrun.Pools(settings, ours, slots, lambda: False, lambda: None)
+    image = ours.image(IMAGE)
+
+    def take(about: lightrun.Image = image, lasting: bool = False, **fields: Any) -> lightrun.Warm | None:
+        body = {"image": IMAGE, "network": "none", **fields}
+        request = lightrun.RunRequest.parse(json.dumps({name: each for name, each in body.items() if each}).encode(), settings)
+        return pools.take(about, request, lasting)
+
+    tried: dict[str, dict[str, Any]] = {
+        "image": {"about": dataclasses.replace(image, id="sha256:1"), "image": "lightrun/other", "network": None},
+        "network": {"network": None}, "limits": {"memory": "64m"},
+        "user": {"about": dataclasses.replace(image, root=False), "files": {"a": "b"}},
+        "command": {"about": dataclasses.replace(image, command=())},
+        "environment": {"about": dataclasses.replace(image, env=("HOME=/x",)), "env": {"HOME": ""}},
+        "stdin": {"lasting": True, "stdin": "x" * (lightrun.PIPE_BYTES + 1)}, "empty": {},
+    }  # fmt: skip
+    for fields in tried.values():
+        assert take(**fields) is None
+    assert pools.counts == dict.fromkeys(tried, 1)
+    assert set(tried) | {"failed"} == set(lightrun.MISSES)
+    pools.start()
+    try:
+        taken = eventually(lambda: take(stdin="x" * (lightrun.PIPE_BYTES + 1)), 60, 0.3)
+        assert taken.pool.image == "docker.io/" + IMAGE
+        assert taken.alive
+        pools.discard(taken)
+    finally:
+        pools.stop(time.monotonic() + 10)
+        slots.sweep()
+    assert not engine.containers(all=True, filters={"label": [f"{lightrun.LABEL_STATE}={state_id}"]})
 
 
 # ---------------------------------------------------------------- Runs that survive lightrun
