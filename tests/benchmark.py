@@ -195,6 +195,11 @@ class Daemon:
         """The end of what it wrote."""
         return (self.folder / "log").read_text(errors="replace")[-2000:]
 
+    @property
+    def url(self) -> str:
+        """Where it listens on TCP."""
+        return f"http://127.0.0.1:{self._port}"
+
     def client(self) -> Client:
         """A new connection."""
         if self.unix:
@@ -874,6 +879,49 @@ def measure_upload(bench: Bench) -> list[Row]:
     return rows
 
 
+def measure_tar(bench: Bench) -> list[Row]:
+    """A tar of one large file in a form, from the first byte to the end of its run, less what a run with an empty tar takes;
+    against the engine's own taking of it (`docker cp`). What it adds to the memory."""
+    size = bench.pick(20, 200) * MIB
+    daemon = bench.daemon("--body-limit", "1g", "--memory", "1g")
+
+    def tar_of(content: bytes) -> Path:
+        path = daemon.folder / f"{len(content)}.tar"
+        info = tarfile.TarInfo("large")
+        info.size = len(content)
+        with tarfile.open(path, "w") as archive:
+            archive.addfile(info, io.BytesIO(content))
+        return path
+
+    large, empty = tar_of(os.urandom(size)), tar_of(b"")
+
+    def send(tar: Path) -> None:
+        run = json.dumps({"image": IMAGE, "network": "none", "entrypoint": "test -f large"})
+        command = ["curl", "-sS", "-F", f"run={run}", "-F", f"tar=@{tar}", f"{daemon.url}/run"]
+        done = subprocess.run(command, capture_output=True, check=True)
+        if json.loads(done.stdout)["status"] != "succeeded":
+            raise BenchmarkError(f"a run with a tar failed: {done.stdout.decode()}")
+
+    def put() -> float:
+        container = bench.engine.create(str(uuid.uuid4()), bench.image, bench.request({"image": IMAGE}))
+        with large.open("rb") as file:
+            took = milliseconds(lambda: bench.api.put_archive(container, "/", file))
+        bench.api.remove_container(container, v=True, force=True)
+        return size / 1e3 / took
+
+    send(empty)
+    before = daemon.memory()
+    daemon.forget_peak()
+    base = statistics.median(milliseconds(lambda: send(empty)) for _ in range(bench.pick(1, 5)))
+    rates = in_turn(bench.pick(1, 5), {
+        "lightrun": lambda: size / 1e3 / max(1.0, milliseconds(lambda: send(large)) - base), "docker cp": put,
+    })  # fmt: skip
+    return [
+        compare(f"tar of {size // MIB} MiB in", rates["lightrun"], "docker cp", rates["docker cp"], "MB/s", "≥ 150 MB/s"),
+        Row("peak memory that it adds", daemon.memory("VmHWM") - before, "MB", bar="flat"),
+    ]
+
+
 def measure_start(bench: Bench) -> list[Row]:
     """`--version`, and the first answer of a daemon."""
 
@@ -911,6 +959,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "eviction": measure_eviction,
     "artifacts": measure_artifacts,
     "upload": measure_upload,
+    "tar": measure_tar,
 }
 
 

@@ -319,7 +319,7 @@ def test_misses_are_counted_by_what_was_in_the_way(engine: docker.APIClient) -> 
     settings, state_id = lightrun.Settings(warm=(f"{IMAGE}=1/none",)), uuid.uuid4().hex
     ours = lightrun.Engine(settings, state_id)
     slots = lightrun.Slots(ours, state_id)
-    pools = lightrun.Pools(settings, ours, slots, lambda: False, lambda: None)
+    pools = lightrun.Pools(settings, ours, lightrun.Layout(), slots, lambda: 0, lambda: None)
     image = ours.image(IMAGE)
 
     def take(about: lightrun.Image = image, lasting: bool = False, **fields: Any) -> lightrun.Warm | None:
@@ -330,7 +330,7 @@ def test_misses_are_counted_by_what_was_in_the_way(engine: docker.APIClient) -> 
     tried: dict[str, dict[str, Any]] = {
         "image": {"about": dataclasses.replace(image, id="sha256:1"), "image": "lightrun/other", "network": None},
         "network": {"network": None}, "limits": {"memory": "64m"},
-        "user": {"about": dataclasses.replace(image, root=False), "files": {"a": "b"}},
+        "user": {"about": dataclasses.replace(image, user="1000"), "files": {"a": "b"}},
         "command": {"about": dataclasses.replace(image, command=())},
         "environment": {"about": dataclasses.replace(image, env=("HOME=/x",)), "env": {"HOME": ""}},
         "stdin": {"lasting": True, "stdin": "x" * (lightrun.PIPE_BYTES + 1)}, "empty": {},
