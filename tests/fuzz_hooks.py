@@ -29,7 +29,7 @@ def _tame(body: dict[str, Any]) -> dict[str, Any]:
     return {name: TAME[name] if name in TAME.keys() - kept and _valid(name, value) else value for name, value in body.items()}
 
 
-@schemathesis.hook
+@schemathesis.hook  # type: ignore[untyped-decorator]
 def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any], kwargs: dict[str, Any]) -> None:
     """Called by schemathesis before each request."""
     if case.operation.label == "POST /run" and isinstance(case.body, dict):
