@@ -689,7 +689,9 @@ class Receiver:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 
-    def answer(self, status: int = 200, headers: Mapping[str, str] | None = None, delay: float = 0, body: bytes = b"") -> None:
+    def answer(
+        self, status: int = 200, headers: Mapping[str, str] | None = None, delay: float = 0, body: bytes = b""
+    ) -> None:
         """Queue an answer for one request."""
         self.answers.append(Answer(status, headers or {}, delay, body))
 

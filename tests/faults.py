@@ -486,9 +486,13 @@ class Cell:
         """Whether its program goes on until it is killed."""
         return self.mode not in {"once", "held"} and self.call != "archive"
 
-    def marks(self) -> set[tuple[str, str]]:
+    def parts(self) -> set[tuple[str, str]]:
+        """What a sample must have first of all."""
+        return {("call", self.call), ("fault", self.fault), ("kind", self.kind), ("mode", self.mode)}
+
+    def pairs(self) -> set[tuple[str, str]]:
         """What a sample that has this cell need not look for again."""
-        return {(self.fault, self.point), (self.call, str(self.mode == "cancel")), (self.kind, ""), ("", self.mode)}
+        return {(self.fault, self.point), (self.call, str(self.mode == "cancel"))}
 
 
 def all_cells() -> Iterator[Cell]:
@@ -514,14 +518,18 @@ def _means_something(call: str, point: str, fault: str, mode: str) -> bool:
 
 
 def sample(cells: Iterable[Cell], seed: int, most: int) -> list[Cell]:
-    """A few cells with every call, fault, kind and mode, and many pairs of them, that don't take long."""
+    """A few cells with as many calls, faults, kinds and modes as can be, then with pairs of them, that don't take long."""
     left = [cell for cell in cells if cell.fault not in {"silent", "trickle"} or cell.mode == "cancel" or cell.call == "attach"]
     random.Random(seed).shuffle(left)
     chosen: list[Cell] = []
     seen: set[tuple[str, str]] = set()
-    while len(chosen) < most and (best := max(left, key=lambda cell: len(cell.marks() - seen))).marks() - seen:
+
+    def news(cell: Cell) -> tuple[int, int]:
+        return len(cell.parts() - seen), len(cell.pairs() - seen)
+
+    while len(chosen) < most and any(news(best := max(left, key=news))):
         chosen.append(best)
-        seen |= best.marks()
+        seen |= best.parts() | best.pairs()
     return chosen
 
 

@@ -903,8 +903,11 @@ def _folders(daemon: Daemon) -> set[str]:
 # ---------------------------------------------------------------- Images: users and pulls
 
 
-@pytest.mark.parametrize("workdir", ["/app", "/deep/er", "/srv"])
-@pytest.mark.parametrize("image", ["uid_image", "user_image"])
+@pytest.mark.parametrize(
+    ("image", "workdir"),
+    [("uid_image", "/app"), ("uid_image", "/deep/er"), ("user_image", "/app"), ("user_image", "/srv"),
+     pytest.param("uid_image", "/srv", marks=pytest.mark.long), pytest.param("user_image", "/deep/er", marks=pytest.mark.long)],
+)  # fmt: skip
 def test_images_of_other_users_can_work(api: Daemon, request: pytest.FixtureRequest, image: str, workdir: str) -> None:
     state = api.run(
         image=request.getfixturevalue(image), workdir=workdir, files={"run.sh": "echo ran", "d/f": "x"}, extract=["new", "d"],

@@ -548,7 +548,9 @@ def test_a_wrong_token_is_refused_before_the_body(lightrun_guarded: Daemon, leng
 
 
 @pytest.mark.parametrize("expect", [[], [b"Expect: 100-continue"]], ids=["plain", "expect"])
-def test_a_large_body_is_refused_before_it_comes(lightrun_open: Daemon, lightrun_guarded: Daemon, expect: list[bytes]) -> None:
+def test_a_large_body_is_refused_before_it_comes(
+    lightrun_open: Daemon, lightrun_guarded: Daemon, expect: list[bytes]
+) -> None:
     length = b"Content-Length: %d" % (BODY_LIMIT + 1)
     assert first_answer(lightrun_open, post(b"", length, *expect)).split()[1] == b"413"
     assert first_answer(lightrun_guarded, post(b"", GOOD, length, *expect)).split()[1] == b"413"

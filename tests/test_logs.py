@@ -275,7 +275,7 @@ def test_events_tell_the_same_lines(chunks: Chunks, sizes: list[int]) -> None:
 @pytest.mark.parametrize("end", [b"\n", b""])
 @pytest.mark.parametrize("step", [1000, LINE_BYTES, 1 << 20])
 def test_long_lines_come_in_marked_pieces(length: int, end: bytes, step: int) -> None:
-    text = ("é" * length).encode()[: length // 2 * 2] + b"x" * (length % 2)
+    text = ("é" * length).encode()[:length // 2 * 2] + b"x" * (length % 2)
     events, data, told = LineEvents(), text + end, []
     for at in range(0, len(data), step):
         told += list(events.feed(framed([(1, data[at : at + step])])))

@@ -428,10 +428,9 @@ def test_second_sigterm_ends_it_at_once(daemon: DaemonFactory, pool: ThreadPoolE
 def test_restart_under_load_loses_nothing(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-concurrent", "4")
     accepted: dict[str, str] = {}
-    enough = threading.Event()
 
     def submit() -> None:
-        for number in range(40):
+        for number in range(20):
             body = {"image": IMAGE, "entrypoint": ["echo", str(number)], "network": "none", "detached": True}
             key = {"Idempotency-Key": f"n{number}"}
 
@@ -443,8 +442,6 @@ def test_restart_under_load_loses_nothing(daemon: DaemonFactory) -> None:
                 return str(answer.json()["id"]) if answer.status == 202 else None
 
             accepted[str(number)] = eventually(once, 30)
-            if number == 20:
-                enough.set()
 
     thread = threading.Thread(target=submit)
     thread.start()
@@ -458,22 +455,22 @@ def test_restart_under_load_loses_nothing(daemon: DaemonFactory) -> None:
     for number, run in accepted.items():
         state = lightrun.wait(run, 60)
         assert (state["reason"], state["logs"]) == ("exited", [number])
-    assert len(set(accepted.values())) == 40
+    assert len(set(accepted.values())) == 20
 
 
-ENDLESS = "echo begun; while :; do :; done"
+ENDLESS = "echo begun; sleep 60"
 ACTIONS = {"cancelled": "cancel", "stopped": "stop"}
 
 
 @pytest.mark.parametrize(
     ("fields", "reason"),
-    [({"timeout": 1500}, "timeout"), ({"cpuTime": 500}, "cpu_limit"), ({"outputLimit": 3}, "output_limit"),
-     ({}, "cancelled"), ({}, "stopped")],
+    [({"timeout": 1500}, "timeout"), ({"cpuTime": 500, "entrypoint": "while :; do :; done"}, "cpu_limit"),
+     ({"outputLimit": 3}, "output_limit"), ({}, "cancelled"), ({}, "stopped")],
 )  # fmt: skip
 def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dict[str, Any], reason: str) -> None:
     """What the engine was told to kill for is known, though not by us."""
     lightrun = daemon(env={"LIGHTRUN_TRAP": "Engine.kill after 1"})
-    run = lightrun.detach(entrypoint=ENDLESS, **fields)
+    run = lightrun.detach(**{"entrypoint": ENDLESS, **fields})
     if not fields:
         started(lightrun, run)
         with contextlib.suppress(OSError, http.client.HTTPException):
@@ -525,4 +522,4 @@ def test_kill_during_eviction(daemon: DaemonFactory, when: str) -> None:
 def test_soak(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     """The short form of tests/soak.py: see there."""
     killed = daemon(*soak.OPTIONS, env=soak.ENVIRONMENT, start=False)
-    soak.Soak(killed, engine, kills=8, seed=time.time_ns()).run()
+    soak.Soak(killed, engine, kills=6, seed=time.time_ns()).run()

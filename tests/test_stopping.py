@@ -15,9 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
-from conftest import Daemon, DaemonFactory, Response, eventually
+from conftest import HELD, Daemon, DaemonFactory, Response, eventually, release
 from engine import DEFAULT_HOST, IMAGE
 from relay import Relay, unix_socket
 
@@ -67,26 +68,29 @@ def terminate(daemon: Daemon) -> None:
 
 def test_every_waiting_client_gets_its_answer(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
     lightrun = daemon("--drain", "2s")
-    answers = waiting(pool, lightrun, 6)
+    answers = waiting(pool, lightrun, 4)
     terminate(lightrun)
     states = [answer.result().json() for answer in answers]
-    assert [(state["reason"], state["status"], state["exitCode"]) for state in states] == [("interrupted", "cancelled", 137)] * 6
+    assert [(state["reason"], state["status"], state["exitCode"]) for state in states] == [("interrupted", "cancelled", 137)] * 4
     ended(lightrun, 2 + KILL_SECONDS + LATE_SECONDS)
 
 
-def test_the_drain_is_long_enough_for_a_run(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
+def test_the_drain_is_long_enough_for_a_run(daemon: DaemonFactory, pool: ThreadPoolExecutor, engine: docker.APIClient) -> None:
     lightrun = daemon("--drain", "1m")
-    answers = waiting(pool, lightrun, entrypoint="echo ready; sleep 4; echo done")
+    answers = waiting(pool, lightrun, entrypoint=f"echo ready; {HELD}; echo done")
+    (run,) = (each["id"] for each in lightrun.request("GET", "/runs").json())
     terminate(lightrun)
+    assert not eventually(answers[0].done, 1)
+    release(engine, run)
     state = answers[0].result().json()
     assert (state["reason"], state["logs"]) == ("exited", ["ready", "done"])
     ended(lightrun, LATE_SECONDS)
 
 
-def test_an_idle_daemon_ends_at_once(daemon: DaemonFactory) -> None:
+def test_an_idle_daemon_ends_at_once(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     """Connections that have asked nothing, or not all of it, have no claim; nor has a detached run."""
     lightrun = daemon()
-    run = lightrun.detach(**{**LONG, "entrypoint": "sleep 20"})
+    run = lightrun.detach(**{**LONG, "entrypoint": HELD})
     lightrun.wait_for(run, lambda state: state.get("phase") == "running")
     idle = http.client.HTTPConnection("127.0.0.1", lightrun.port, timeout=10)
     with contextlib.closing(idle), lightrun.connect() as half:
@@ -97,6 +101,7 @@ def test_an_idle_daemon_ends_at_once(daemon: DaemonFactory) -> None:
         ended(lightrun, LATE_SECONDS)
         assert idle.sock.recv(100) == b""
     lightrun.start()
+    release(engine, run)
     assert lightrun.wait(run)["reason"] == "exited"
 
 
@@ -119,14 +124,17 @@ def test_who_waits_for_a_run_that_goes_on(daemon: DaemonFactory, pool: ThreadPoo
     assert lightrun.wait(run)["reason"] == "cancelled"
 
 
-def test_who_waits_for_a_run_that_ends_in_time(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
+def test_who_waits_for_a_run_that_ends_in_time(
+    daemon: DaemonFactory, pool: ThreadPoolExecutor, engine: docker.APIClient
+) -> None:
     lightrun = daemon("--drain", "1m")
-    run = lightrun.detach(**{**LONG, "entrypoint": "echo ready; sleep 4; echo done"})
+    run = lightrun.detach(**{**LONG, "entrypoint": f"echo ready; {HELD}; echo done"})
     lightrun.wait_for(run, lambda state: state["logs"])
     waiter = pool.submit(lightrun.request, "GET", f"/runs/{run}?wait=60000")
     with lightrun.open("GET", f"/runs/{run}/logs?follow=true") as follower:
         assert follower.read1(100) == b"ready\n"
         terminate(lightrun)
+        release(engine, run)
         assert follower.read() == b"done\n"
     assert waiter.result().json()["reason"] == "exited"
     ended(lightrun, LATE_SECONDS)
@@ -182,7 +190,7 @@ def test_who_never_reads_has_until_the_end_of_the_drain(daemon: DaemonFactory, d
 
 
 def test_what_is_said_from_the_signal_on(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
-    lightrun = daemon("--drain", "8s")
+    lightrun = daemon("--drain", "4s")
     kept = lightrun.run(entrypoint="true", network="none")["id"]
     answers = waiting(pool, lightrun)
     terminate(lightrun)
@@ -203,7 +211,7 @@ def test_what_is_said_from_the_signal_on(daemon: DaemonFactory, pool: ThreadPool
 
 def test_a_late_request_gets_an_answer_or_no_connection(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
     """Clients that never stop asking: the daemon ends all the same, and tells nobody of a database that is closed."""
-    lightrun = daemon("--drain", "5s")
+    lightrun = daemon("--drain", "3s")
     kept = lightrun.run(entrypoint="true", network="none")["id"]
     requests = [
         ("GET", "/runs", None),
@@ -223,7 +231,7 @@ def test_a_late_request_gets_an_answer_or_no_connection(daemon: DaemonFactory, p
     clients = [pool.submit(ask, *request) for request in requests]
     assert eventually(lambda: len(told) > 20)
     terminate(lightrun)
-    ended(lightrun, 5 + LATE_SECONDS)
+    ended(lightrun, 3 + LATE_SECONDS)
     for client in clients:
         client.result()
     assert {status for status, _ in told} <= {200, 202, 204, 409, 503}
@@ -239,7 +247,7 @@ def test_a_hung_engine_costs_one_deadline_for_all(daemon: DaemonFactory, pool: T
     lightrun = daemon("--drain", "2s", "--docker-host", relay.url, start=False)
     with contextlib.closing(relay):
         lightrun.start()
-        answers = waiting(pool, lightrun, 5)
+        answers = waiting(pool, lightrun, 3)
         relay.freeze()
         terminate(lightrun)
         ended(lightrun, 2 + KILL_SECONDS + LATE_SECONDS)
@@ -305,7 +313,9 @@ def test_sighup_without_a_token_file_is_ignored(daemon: DaemonFactory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGHUP, None), (signal.SIGTERM, 0), (signal.SIGINT, 0)], ids=lambda value: str(value)
+    ("number", "code"),
+    [(signal.SIGHUP, None), (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 0, marks=pytest.mark.long)],
+    ids=lambda value: str(value),
 )
 def test_a_signal_while_it_starts(daemon: DaemonFactory, tmp_path: Path, number: signal.Signals, code: int | None) -> None:
     """It is kept until there is a daemon that can heed it: here the engine hangs at the first question."""

@@ -13,7 +13,9 @@ CHECKED = ("lightrun.py", "build_zipapp.py", "tests")
 
 
 @pytest.mark.timeout(600)  # mypy takes its time on a machine that has no cache yet
-@pytest.mark.parametrize("tool", [("ruff", "check", "--quiet"), ("mypy", "--no-error-summary")], ids=lambda tool: tool[0])
+@pytest.mark.parametrize(
+    "tool", [("ruff", "check", "--quiet"), ("mypy", "--no-error-summary")], ids=lambda tool: tool[0]
+)
 def test_style(tool: tuple[str, ...]) -> None:
     done = subprocess.run([sys.executable, "-m", *tool, *CHECKED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -140,14 +140,14 @@ def test_accepted_comes_while_the_run_is_queued(daemon: DaemonFactory) -> None:
     lightrun.wait(blocker)
 
 
+LONG_LINES = ["x" * LIVE_LIMIT, "x" * (LIVE_LIMIT + 1), "y" * 100_000, "a" + "é" * 30_000, "\N{SNAKE}" * 10_000]
+
+
 @pytest.mark.parametrize(
-    "line",
-    ["x" * LIVE_LIMIT, "x" * (LIVE_LIMIT + 1), "x" * 100_000, "a" + "é" * 30_000, "\N{SNAKE}" * 10_000],
-    ids=["limit", "over", "long", "two", "four"],
+    "text", ["\n".join([*LONG_LINES, "last\n"]), *LONG_LINES], ids=["all", "limit", "over", "long", "two", "four"]
 )
-@pytest.mark.parametrize("end", ["\nlast\n", ""], ids=["more", "none"])
-def test_long_lines_come_in_pieces(lightrun_tcp: Daemon, line: str, end: str) -> None:
-    files = {"text": line + end}
+def test_long_lines_come_in_pieces(lightrun_tcp: Daemon, text: str) -> None:
+    files = {"text": text}
     logs = [event for event in all_events(lightrun_tcp, ["cat", "text"], files=files) if event["event"] == "log"]
     lines, pieces = [], ""
     for event in logs:
@@ -160,7 +160,7 @@ def test_long_lines_come_in_pieces(lightrun_tcp: Daemon, line: str, end: str) ->
         else:
             assert event["partial"] is True
     assert not pieces, "the last piece of a line is not marked partial"
-    assert lines == (line + end).splitlines()
+    assert lines == text.splitlines()
 
 
 def test_bytes_that_are_not_text_are_replaced(lightrun_tcp: Daemon) -> None:
@@ -360,13 +360,13 @@ def test_a_follower_sees_bytes_as_they_are_printed(lightrun_tcp: Daemon) -> None
 @pytest.mark.timeout(300)
 def test_short_runs_six_at_a_time_lose_no_byte(lightrun_tcp: Daemon) -> None:
     def lost(number: int) -> str:
-        text = f"{number}:" + "0123456789abcdef"[number % 16] * (number * 37 % 5000)
+        text = f"{number}:" + "0123456789abcdef"[number % 16] * (number * 97 % 5000)
         run = lightrun_tcp.run(entrypoint=["printf", "%s", text], network="none")
         kept = log_bytes(lightrun_tcp, run["id"]).decode()
         return "" if kept == text and run["logs"] == [text] else f"{number}: {len(kept)} of {len(text)} bytes"
 
     with ThreadPoolExecutor(6) as pool:
-        assert not [problem for problem in pool.map(lost, range(36)) if problem]
+        assert not [problem for problem in pool.map(lost, range(18)) if problem]
 
 
 def test_random_bytes_come_back_bit_for_bit(lightrun_tcp: Daemon) -> None:
@@ -382,6 +382,10 @@ def test_random_bytes_come_back_bit_for_bit(lightrun_tcp: Daemon) -> None:
 
 BLOCK = "".join(f"{number:098}x\n" for number in range(10_000))
 PRINT_BLOCKS = "sleep 1; i=0; while [ $i -lt {count} ]; do cat block; i=$((i+1)); done; echo last"
+# More than what a follower may be behind in the tests that say so, and what the kernel may hold.
+SMALL_BLOCKS = 30
+SMALL_FLOOD = PRINT_BLOCKS.format(count=SMALL_BLOCKS)
+SMALL_FLOODED = BLOCK.encode() * SMALL_BLOCKS + b"last\n"
 FLOOD = {"entrypoint": PRINT_BLOCKS.format(count=60), "files": {"block": BLOCK}, "network": "none"}
 FLOODED = BLOCK.encode() * 60 + b"last\n"
 
@@ -469,10 +473,10 @@ def test_a_follower_that_is_too_slow_is_cut_off_with_an_error_and_the_others_are
     daemon: DaemonFactory, tmp_path: Path
 ) -> None:
     lightrun = patched(daemon, tmp_path, FALL_BEHIND)
-    run = lightrun.detach(**FLOOD)
+    run = lightrun.detach(**{**FLOOD, "entrypoint": SMALL_FLOOD})
     with ThreadPoolExecutor() as pool, lightrun.open("GET", f"/runs/{run}/logs?follow=true") as stuck:
         quick = [pool.submit(log_bytes, lightrun, run, "?follow=true") for _ in range(2)]
-        assert [hashlib.sha256(each.result()).digest() for each in quick] == [hashlib.sha256(FLOODED).digest()] * 2
+        assert [hashlib.sha256(each.result()).digest() for each in quick] == [hashlib.sha256(SMALL_FLOODED).digest()] * 2
         assert lightrun.wait(run)["reason"] == "exited"
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             stuck.read()
@@ -480,9 +484,9 @@ def test_a_follower_that_is_too_slow_is_cut_off_with_an_error_and_the_others_are
 
 def test_a_live_client_that_is_too_slow_gets_a_gap_and_its_run_goes_on(daemon: DaemonFactory, tmp_path: Path) -> None:
     lightrun = patched(daemon, tmp_path, FALL_BEHIND)
-    with live(lightrun, f"{FLOOD['entrypoint']}; sleep 5; echo after", files=FLOOD["files"]) as events:
+    with live(lightrun, f"{SMALL_FLOOD}; sleep 3; echo after", files=FLOOD["files"]) as events:
         run = next(events)["id"]
-        assert eventually(lambda: lightrun.state(run)["logs"][-1:] == ["last"], timeout=60)
+        assert eventually(lambda: log_bytes(lightrun, run, "?tail=1") == b"last\n", timeout=60)
         told = list(events)
     assert (told[-1]["run"]["status"], told[-1]["run"]["reason"]) == ("succeeded", "exited")
     assert told[-2]["line"] == "after"
@@ -499,10 +503,10 @@ def test_a_disk_that_fills_cuts_followers_off_and_not_the_run(daemon: DaemonFact
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(lightrun.state_dir)], check=True)
     try:
         lightrun.start()
-        with live(lightrun, f"{FLOOD['entrypoint']}; sleep 5; echo after", files=FLOOD["files"]) as events:
+        with live(lightrun, f"{FLOOD['entrypoint']}; sleep 3; echo after", files=FLOOD["files"]) as events:
             run = next(events)["id"]
             with lightrun.open("GET", f"/runs/{run}/logs?follow=true") as stuck:
-                assert eventually(lambda: lightrun.state(run)["logs"][-1:] == ["last"], timeout=60)
+                assert eventually(lambda: log_bytes(lightrun, run, "?tail=1") == b"last\n", timeout=60)
                 told = list(events)
                 with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                     stuck.read()
@@ -553,7 +557,9 @@ def test_wait_is_bounded(lightrun_tcp: Daemon, printed: str, wait: str) -> None:
         ({"signal": "SIGUSR1", "grace": 20_000}, "USR1", 0, "succeeded"),
     ],
 )
-def test_stop_leaves_the_program_its_own_exit_code(lightrun_tcp: Daemon, wanted: Any, name: str, code: int, status: str) -> None:
+def test_stop_leaves_the_program_its_own_exit_code(
+    lightrun_tcp: Daemon, wanted: Any, name: str, code: int, status: str
+) -> None:
     run = lightrun_tcp.detach(entrypoint=TRAPPED.format(code=code, signal=name), network="none")
     ready(lightrun_tcp, run)
     assert post(lightrun_tcp, run, "stop", wanted) == 204
@@ -610,7 +616,9 @@ def test_nothing_overrides_a_cancel(daemon: DaemonFactory) -> None:
     assert lightrun.wait(blocker)["reason"] == "cancelled"
 
 
-@pytest.mark.parametrize(("action", "status", "reason"), [("cancel", "cancelled", "cancelled"), ("stop", "failed", "stopped")])
+@pytest.mark.parametrize(
+    ("action", "status", "reason"), [("cancel", "cancelled", "cancelled"), ("stop", "failed", "stopped")]
+)
 def test_a_queued_run_ends_at_once(daemon: DaemonFactory, action: str, status: str, reason: str) -> None:
     lightrun = daemon("--max-concurrent", "1", "--queue", "2")
     blocker = lightrun.detach(entrypoint=LONG, network="none")
@@ -627,9 +635,9 @@ def test_a_queued_run_ends_at_once(daemon: DaemonFactory, action: str, status: s
 
 
 @pytest.mark.parametrize(("action", "reason"), [("cancel", "cancelled"), ("stop", "stopped")])
-def test_a_pull_that_hangs_is_given_up(daemon: DaemonFactory, action: str, reason: str) -> None:
+def test_a_pull_that_hangs_is_given_up(lightrun_tcp: Daemon, action: str, reason: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # A registry that never answers.
-        lightrun = daemon()
+        lightrun = lightrun_tcp
         run = lightrun.detach(image=f"127.0.0.1:{silent.getsockname()[1]}/x:1", entrypoint="true", network="none")
         lightrun.wait_for(run, lambda state: state["phase"] == "pulling")
         assert post(lightrun, run, action) == 204
@@ -645,24 +653,25 @@ def test_a_finished_run_is_not_running(lightrun_tcp: Daemon, printed: str, actio
     assert (response.status, response.json()["error"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize(
-    ("wanted", "path"),
-    [
-        ({"signal": "TERM"}, ["signal"]),
-        ({"signal": 15}, ["signal"]),
-        ({"signal": "SIGNOPE"}, ["signal"]),
-        ({"grace": -1}, ["grace"]),
-        ({"grace": 300_001}, ["grace"]),
-        ({"grace": True}, ["grace"]),
-        ({"grace": 1.5}, ["grace"]),
-        ({"garce": 1}, ["garce"]),
-        ([], []),
-    ],
-)
-def test_a_bad_stop_is_refused_and_stops_nothing(lightrun_tcp: Daemon, wanted: Any, path: list[str]) -> None:
+BAD_STOPS: list[tuple[Any, list[str]]] = [
+    ({"signal": "TERM"}, ["signal"]),
+    ({"signal": 15}, ["signal"]),
+    ({"signal": "SIGNOPE"}, ["signal"]),
+    ({"grace": -1}, ["grace"]),
+    ({"grace": 300_001}, ["grace"]),
+    ({"grace": True}, ["grace"]),
+    ({"grace": 1.5}, ["grace"]),
+    ({"garce": 1}, ["garce"]),
+    ([], []),
+]
+
+
+def test_a_bad_stop_is_refused_and_stops_nothing(lightrun_tcp: Daemon) -> None:
     run = lightrun_tcp.detach(entrypoint=LONG, network="none")
-    response = lightrun_tcp.request("POST", f"/runs/{run}/stop", json=wanted)
-    assert (response.status, response.json()["details"][0]["path"]) == (400, path)
+    ready(lightrun_tcp, run)
+    for wanted, path in BAD_STOPS:
+        response = lightrun_tcp.request("POST", f"/runs/{run}/stop", json=wanted)
+        assert (response.status, response.json()["details"][0]["path"]) == (400, path), wanted
     assert lightrun_tcp.request("POST", f"/runs/{run}/stop", body='{"grace": 1}').status == 415
     assert lightrun_tcp.state(run)["status"] == "running"
     assert post(lightrun_tcp, run, "cancel") == 204
@@ -682,7 +691,7 @@ def test_delete_waits_for_the_end(lightrun_tcp: Daemon) -> None:
 def test_an_early_cancel_never_lets_the_command_run(lightrun_tcp: Daemon, engine: docker.APIClient) -> None:
     since = int(time.time()) - 1
     runs = []
-    for number in range(24):
+    for number in range(12):
         run = lightrun_tcp.detach(entrypoint="echo ran", files={"a": "b"}, network="none")
         time.sleep(0.002 * (number % 4))
         assert post(lightrun_tcp, run, "cancel") == 204
@@ -740,9 +749,19 @@ def appeared(daemon: Daemon, before: list[str]) -> str:
     return str(*found)
 
 
-@pytest.mark.parametrize("transport", ["lightrun_tcp", "lightrun_unix"])
-@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
-@pytest.mark.parametrize("leave", [close, half_close])
+def ways_to_leave() -> Iterator[Any]:
+    """All of them; the short form has half, with every pair of two things."""
+    ways = itertools.product(
+        enumerate(["lightrun_tcp", "lightrun_unix"]),
+        enumerate(["application/json", "application/x-ndjson"]),
+        enumerate([close, half_close]),
+    )
+    for way in ways:
+        odd = sum(number for number, _ in way) % 2
+        yield pytest.param(*(each for _, each in way), marks=[pytest.mark.long] if odd else [])
+
+
+@pytest.mark.parametrize(("transport", "accept", "leave"), list(ways_to_leave()))
 def test_a_client_that_leaves_cancels_its_run(
     request: pytest.FixtureRequest, transport: str, accept: str, leave: Callable[[socket.socket], None]
 ) -> None:
@@ -816,11 +835,7 @@ def test_a_detached_run_needs_nobody(lightrun_tcp: Daemon) -> None:
     assert lightrun_tcp.wait(run)["status"] == "succeeded"
 
 
-@pytest.mark.parametrize("path", ["/logs?follow=true", "/logs?follow=true&stream=stderr", "?wait=60000"])
-@pytest.mark.parametrize("leave", [close, half_close])
-def test_who_leaves_a_silent_run_frees_the_place_at_once(
-    daemon: DaemonFactory, path: str, leave: Callable[[socket.socket], None]
-) -> None:
+def test_who_leaves_a_silent_run_frees_the_place_at_once(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-waiting", "1")
     run = lightrun.detach(entrypoint=LONG, network="none")
     ready(lightrun, run)
@@ -828,12 +843,14 @@ def test_who_leaves_a_silent_run_frees_the_place_at_once(
     def answer() -> Response:
         return lightrun.request("GET", f"/runs/{run}?wait=1")
 
-    with send(lightrun, "GET", f"/runs/{run}{path}") as connection:
-        assert eventually(lambda: answer().status == 503)
-        busy = answer()
-        assert (busy.json()["error"], int(busy.headers["Retry-After"]) > 0) == ("busy", True)
-        leave(connection)
-        assert eventually(lambda: answer().status == 200, timeout=2)
+    paths = ("/logs?follow=true", "/logs?follow=true&stream=stderr", "?wait=60000")
+    for path, leave in itertools.product(paths, (close, half_close)):
+        with send(lightrun, "GET", f"/runs/{run}{path}") as connection:
+            assert eventually(lambda: answer().status == 503)
+            busy = answer()
+            assert (busy.json()["error"], int(busy.headers["Retry-After"]) > 0) == ("busy", True)
+            leave(connection)
+            assert eventually(lambda: answer().status == 200, timeout=2), (path, leave)
     assert post(lightrun, run, "cancel") == 204
     lightrun.wait(run)
 
@@ -911,7 +928,7 @@ def test_a_key_goes_with_its_run(lightrun_tcp: Daemon, key: str) -> None:
 
 @pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
 def test_a_run_with_a_key_outlives_its_clients(lightrun_tcp: Daemon, key: str, accept: str) -> None:
-    body, before = request_body("echo ready; sleep 3; echo done"), running(lightrun_tcp)
+    body, before = request_body("echo ready; sleep 2; echo done"), running(lightrun_tcp)
     content = json.dumps(body)
     with send(lightrun_tcp, "POST", "/run", body, f"Idempotency-Key: {key}", f"Accept: {accept}"):
         run = appeared(lightrun_tcp, before)
@@ -930,4 +947,5 @@ def test_keys_are_printable(lightrun_tcp: Daemon, key: str) -> None:
 
 @pytest.mark.parametrize("key", ["x" * 200, "!", "a b", "~"])
 def test_every_printable_key_will_do(lightrun_tcp: Daemon, key: str) -> None:
-    assert keyed(lightrun_tcp, key, request_body("true")).status == 200
+    absent = {**request_body("true"), "image": "127.0.0.1:1/absent"}  # ends at once, without a container
+    assert keyed(lightrun_tcp, key, absent).status == 200

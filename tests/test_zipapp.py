@@ -217,6 +217,7 @@ def test_pip_install_gives_the_command(tmp_path: Path) -> None:
         "install",
         "-q",
         "--disable-pip-version-check",
+        "--no-compile",
         source,
     ]
     done = subprocess.run(pip, capture_output=True, text=True)
