@@ -2062,21 +2062,30 @@ class Patience:
 
 
 class Wire:
-    """A connection to the engine for one call. No wait on it is without an end: not for the answer, nor for the next piece
-    of one that streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was
-    read when a wait ends is kept."""
+    """A connection for one request. No wait on it is without an end: not for the answer, nor for the next piece of one that
+    streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was read when a
+    wait ends is kept."""
 
-    def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None) -> None:
+    def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None = None) -> None:
         sock.setblocking(False)
-        self._sock, self._seconds, self.patience = sock, seconds, patience
+        self._sock, self.patience = sock, patience
         self._began = time.monotonic()
-        self._late = self._began + seconds
         self._buffer = bytearray()
         self._ended = False
+        self.stream(seconds)
 
     def stream(self, silence: float) -> None:
         """From now on only a silence may be too long."""
         self._seconds, self._late = silence, math.inf
+
+    def limit(self) -> None:
+        """From now on all that is to come may take no longer than one silence."""
+        self._late = min(self._late, time.monotonic() + self._seconds)
+
+    def secure(self, tls: ssl.SSLContext, host: str) -> None:
+        """Speak TLS from now on, with a host of that name."""
+        self._sock = secured = tls.wrap_socket(self._sock, server_hostname=host, do_handshake_on_connect=False)
+        self._persist(secured.do_handshake)
 
     def makefile(self, _mode: str) -> Wire:
         """The file that HTTPResponse asks a socket for."""
@@ -2084,17 +2093,16 @@ class Wire:
 
     def _wait(self, event: int) -> None:
         """Until the socket is ready. Raises TimeoutError."""
-        late, pause = min(self._late, time.monotonic() + self._seconds), ENGINE_SECONDS * 1.0
+        late, step = min(self._late, time.monotonic() + self._seconds), math.inf
         while True:
-            hurried = self.patience.deadline(self._began) if self.patience else math.inf
-            if (left := min(late, hurried) - time.monotonic()) <= 0:
+            if self.patience:  # a hurry may be yet to come
+                late, step = min(late, self.patience.deadline(self._began)), DISCONNECT_POLL_SECONDS
+            if (left := late - time.monotonic()) <= 0:
                 raise TimeoutError
-            wake = self.patience.wake if self.patience and pause > DISCONNECT_POLL_SECONDS else -1
-            if self.poll(event, wake, min(left, pause)):
+            if self._poll(event, -1, min(left, step)):
                 return
-            pause = DISCONNECT_POLL_SECONDS  # woken: it stays so, and may be for a hurry yet to come
 
-    def poll(self, event: int, wake: int, seconds: float) -> bool:
+    def _poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
         poll = select.poll()  # select() fails on descriptors over 1023
         try:
@@ -2106,18 +2114,21 @@ class Wire:
         ready = [descriptor for descriptor, _ in poll.poll(min(max(0, seconds), ENGINE_SECONDS) * 1000)]
         return self._sock.fileno() in ready
 
-    def send(self, data: bytes) -> None:
-        """Send all of it."""
-        rest = memoryview(data)
-        while rest:
+    def _persist(self, step: Callable[[], Result]) -> Result:
+        """Do what sends, when the socket takes it; TLS may have to hear something before."""
+        while True:
             try:
-                rest = rest[self._sock.send(rest[:COPY_BYTES]) :]
+                return step()
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self._wait(select.POLLOUT)
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
-            else:
-                self._late = max(self._late, time.monotonic() + self._seconds)  # the answer's time begins when all is sent
+
+    def send(self, data: bytes) -> None:
+        """Send all of it."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._persist(functools.partial(self._sock.send, rest[:COPY_BYTES])) :]
 
     def _receive(self) -> bool:
         """Take what has come, if anything has."""
@@ -2145,7 +2156,7 @@ class Wire:
         when `wake` is readable."""
         late = time.monotonic() + seconds
         while not self._ended and (not self._buffer or self._buffer.count(b"\n") < lines):
-            if not self._receive() and not (self.poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
+            if not self._receive() and not (self._poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
                 return False
         return True
 
@@ -2187,6 +2198,22 @@ class Wire:
     def close(self) -> None:
         """Let the connection go. HTTPResponse calls this at the end of an answer; to say it twice is harmless."""
         self._sock.close()
+
+
+def exchange(wire: Wire, method: str, target: str, headers: Mapping[str, Any], body: bytes) -> http.client.HTTPResponse:
+    """Send a request; its final answer, of which the head was read, and which must come in time once all was sent."""
+    lines = {"User-Agent": "lightrun", "Content-Type": JSON, "Content-Length": len(body), **headers}
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # who answers may close before it has read all (RFC 9112, 9.6)
+        wire.send(head.encode())
+        wire.send(body)
+    wire.limit()
+    response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
+    response.begin()
+    while response.status < 200 and response.status != 101:  # an interim one (RFC 9110, 15.2): http.client knows 100 only
+        response.headers = None  # type: ignore[assignment]  # as it is before the first
+        response.begin()
+    return response
 
 
 class Reply:
@@ -2443,10 +2470,12 @@ class Engine:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
                 for name, value in TCP_OPTIONS.items():
                     sock.setsockopt(socket.IPPROTO_TCP, name, value)
+            wire = opened.enter_context(contextlib.closing(Wire(sock, HEALTH_SECONDS, self._patience)))
             if self._address.tls:
-                sock = self._address.tls.wrap_socket(sock, server_hostname=self._address.host)
+                wire.secure(self._address.tls, self._address.host or "")
             opened.pop_all()
-            return Wire(sock, seconds, self._patience)
+        wire.stream(seconds)
+        return wire
 
     def _call(
         self, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
@@ -2455,16 +2484,10 @@ class Engine:
         """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
         connection and an answer of another kind raise."""
         data = to_json(body) if isinstance(body, dict) else body or b""
-        lines = {"Host": "docker", "User-Agent": "lightrun", "Content-Type": JSON, "Content-Length": len(data), **(headers or {})}
         target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
         with contextlib.ExitStack() as opened:
             wire = opened.enter_context(contextlib.closing(self._connect(seconds)))
-            with contextlib.suppress(ConnectionError):  # it may have answered before it took all
-                wire.send(head.encode())
-                wire.send(data)
-            response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
-            response.begin()
+            response = exchange(wire, method, target, {"Host": "docker", **(headers or {})}, data)
             if response.status not in (expected or (200,)):
                 message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]  # which only an engine says like this
                 if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
@@ -3490,16 +3513,14 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
     CallbackError."""
     parts = urllib.parse.urlsplit(url)
     tls, host = parts.scheme == "https", parts.hostname or ""
-    port = parts.port or (443 if tls else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     try:
-        with contextlib.closing(kind(host, port)) as connection, _connect(host, port, allow) as sock, _cut_off(sock):
-            connection.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host) if tls else sock
-            with contextlib.suppress(OSError):  # who answers may close before it has read all (RFC 9112, 9.6)
-                connection.request("POST", target, body, {"Content-Type": JSON, "User-Agent": "lightrun", **headers})
-            response = _final_response(connection)
-    except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
+        with contextlib.closing(Wire(_connect(host, parts.port or (443 if tls else 80), allow), CALLBACK_SECONDS)) as wire:
+            wire.limit()
+            if tls:
+                wire.secure(ssl.create_default_context(), host)
+            response = exchange(wire, "POST", target, {"Host": parts.netloc, **headers}, body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
         retry = response.status in {408, 425, 429} or response.status >= 500
@@ -3517,36 +3538,6 @@ def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
         sock.close()
         raise CallbackError("the host's address is link-local", retry=False)
     return sock
-
-
-@contextlib.contextmanager
-def _cut_off(sock: socket.socket) -> Iterator[None]:
-    """An end to an attempt that takes longer, were it only trickling. Raises TimeoutError then: what was cut short can look
-    complete."""
-    deadline = time.monotonic() + CALLBACK_SECONDS
-    with sock.dup() as twin:  # TLS takes the first one away
-        guard = threading.Timer(CALLBACK_SECONDS, _shut, [twin])
-        guard.start()
-        try:
-            yield
-        finally:
-            guard.cancel()
-            if time.monotonic() >= deadline:
-                raise TimeoutError
-
-
-def _shut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _final_response(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-    """The answer after all interim ones (RFC 9110, 15.2), of which http.client knows 100 only."""
-    response = connection.getresponse()
-    while response.status < 200:
-        response.headers = None  # type: ignore[assignment]  # as it is before the first
-        response.begin()
-    return response
 
 
 def http_date(text: str) -> float | None:
