@@ -2260,13 +2260,11 @@ class Reply:
         with translated("go on with its answer"):
             return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
 
-    def pieces(self, silence: float = COPY_SECONDS) -> Iterator[bytes]:
-        """The body, piece by piece, none of which takes longer than some seconds. Raises EngineAbsent."""
+    def pieces(self) -> Iterator[bytes]:
+        """The body, piece by piece. Raises EngineAbsent."""
         with contextlib.closing(self):
-            while piece := self.next(seconds=silence):
+            while piece := self.read1(READ_BYTES):
                 yield piece
-            if piece is None:
-                raise EngineAbsent("the engine did not answer in time (to go on with its answer)")
 
     def close(self) -> None:
         """Let the connection go; an engine keeps a container busy with one that is forgotten."""
@@ -2564,7 +2562,7 @@ class Engine:
             )  # fmt: skip
         rest = b""
         with contextlib.closing(reply.streamed(seconds)):
-            for piece in reply.pieces(seconds):
+            for piece in reply.pieces():
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in filter(bytes.strip, lines):
                     with translated("pull the image"):
@@ -2755,7 +2753,9 @@ class Engine:
         number = str(signal.Signals[signal_name].value)
         filters = json.dumps({"container": [container], "event": ["kill"]})
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
-        events = b"".join(self._call("GET", "/events", query=query).pieces()).splitlines()
+        reply = self._call("GET", "/events", query=query).streamed(COPY_SECONDS)
+        reply.wire.patience = None  # it may be `until` that is waited for
+        events = b"".join(reply.pieces()).splitlines()
         return any(json.loads(event)["Actor"]["Attributes"]["signal"] == number for event in events)
 
     @asks_to("copy out")
