@@ -85,7 +85,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn, ParamSpec, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 __version__ = "0.1.0"
 log = logging.getLogger("lightrun")
@@ -2588,21 +2588,30 @@ class Patience:
 
 
 class Wire:
-    """A connection to the engine for one call. No wait on it is without an end: not for the answer, nor for the next piece
-    of one that streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was
-    read when a wait ends is kept."""
+    """A connection for one request. No wait on it is without an end: not for the answer, nor for the next piece of one that
+    streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was read when a
+    wait ends is kept."""
 
-    def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None) -> None:
+    def __init__(self, sock: socket.socket, seconds: float, patience: Patience | None = None) -> None:
         sock.setblocking(False)
-        self._sock, self._seconds, self.patience = sock, seconds, patience
+        self._sock, self.patience = sock, patience
         self._began = time.monotonic()
-        self._late = self._began + seconds
         self._buffer = bytearray()
         self._ended = False
+        self.stream(seconds)
 
     def stream(self, silence: float) -> None:
         """From now on only a silence may be too long."""
         self._seconds, self._late = silence, math.inf
+
+    def limit(self) -> None:
+        """From now on all that is to come may take no longer than one silence."""
+        self._late = min(self._late, time.monotonic() + self._seconds)
+
+    def secure(self, tls: ssl.SSLContext, host: str) -> None:
+        """Speak TLS from now on, with a host of that name."""
+        self._sock = secured = tls.wrap_socket(self._sock, server_hostname=host, do_handshake_on_connect=False)
+        self._persist(secured.do_handshake)
 
     def makefile(self, _mode: str) -> Wire:
         """The file that HTTPResponse asks a socket for."""
@@ -2610,17 +2619,16 @@ class Wire:
 
     def _wait(self, event: int) -> None:
         """Until the socket is ready. Raises TimeoutError."""
-        late, pause = min(self._late, time.monotonic() + self._seconds), ENGINE_SECONDS * 1.0
+        late, step = min(self._late, time.monotonic() + self._seconds), math.inf
         while True:
-            hurried = self.patience.deadline(self._began) if self.patience else math.inf
-            if (left := min(late, hurried) - time.monotonic()) <= 0:
+            if self.patience:  # a hurry may be yet to come
+                late, step = min(late, self.patience.deadline(self._began)), DISCONNECT_POLL_SECONDS
+            if (left := late - time.monotonic()) <= 0:
                 raise TimeoutError
-            wake = self.patience.wake if self.patience and pause > DISCONNECT_POLL_SECONDS else -1
-            if self.poll(event, wake, min(left, pause)):
+            if self._poll(event, -1, min(left, step)):
                 return
-            pause = DISCONNECT_POLL_SECONDS  # woken: it stays so, and may be for a hurry yet to come
 
-    def poll(self, event: int, wake: int, seconds: float) -> bool:
+    def _poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
         poll = select.poll()  # select() fails on descriptors over 1023
         try:
@@ -2632,18 +2640,21 @@ class Wire:
         ready = [descriptor for descriptor, _ in poll.poll(min(max(0, seconds), ENGINE_SECONDS) * 1000)]
         return self._sock.fileno() in ready
 
-    def send(self, data: bytes) -> None:
-        """Send all of it."""
-        rest = memoryview(data)
-        while rest:
+    def _persist(self, step: Callable[[], Result]) -> Result:
+        """Do what sends, when the socket takes it; TLS may have to hear something before."""
+        while True:
             try:
-                rest = rest[self._sock.send(rest[:COPY_BYTES]) :]
+                return step()
             except (BlockingIOError, ssl.SSLWantWriteError):
                 self._wait(select.POLLOUT)
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
-            else:
-                self._late = max(self._late, time.monotonic() + self._seconds)  # the answer's time begins when all is sent
+
+    def send(self, data: bytes) -> None:
+        """Send all of it."""
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._persist(functools.partial(self._sock.send, rest[:COPY_BYTES])) :]
 
     def _receive(self) -> bool:
         """Take what has come, if anything has."""
@@ -2671,7 +2682,7 @@ class Wire:
         when `wake` is readable."""
         late = time.monotonic() + seconds
         while not self._ended and (not self._buffer or self._buffer.count(b"\n") < lines):
-            if not self._receive() and not (self.poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
+            if not self._receive() and not (self._poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
                 return False
         return True
 
@@ -2715,6 +2726,64 @@ class Wire:
         self._sock.close()
 
 
+def exchange(
+    wire: Wire, method: str, target: str, headers: Mapping[str, Any], body: bytes | Iterator[bytes]
+) -> http.client.HTTPResponse:
+    """Send a request; its final answer, of which the head was read, and which must come in time once all was sent."""
+    length = {"Content-Length": len(body)} if isinstance(body, bytes) else {"Transfer-Encoding": "chunked"}
+    lines = {"User-Agent": "lightrun", "Content-Type": JSON, **length, **headers}
+    head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
+    with contextlib.suppress(ConnectionError, ssl.SSLError):  # who answers may close before it has read all (RFC 9112, 9.6)
+        wire.send(head.encode())
+        for piece in [body] if isinstance(body, bytes) else _chunked(body):
+            wire.send(piece)
+    wire.limit()
+    response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
+    response.begin()
+    while response.status < 200 and response.status != 101:  # an interim one (RFC 9110, 15.2): http.client knows 100 only
+        response.headers = None  # type: ignore[assignment]  # as it is before the first
+        response.begin()
+    return response
+
+
+def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """A body of no known length (RFC 9112, 7.1); small pieces go together."""
+    chunk: list[bytes] = []
+    for piece in pieces:
+        chunk.append(piece)
+        if sum(map(len, chunk)) >= COPY_BYTES or len(chunk) > 100:
+            yield b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk))
+            chunk.clear()
+    yield (b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk)) if any(chunk) else b"") + b"0\r\n\r\n"
+
+
+class Refused(Exception):
+    """The engine's own word that it does not do what it was asked to."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@contextlib.contextmanager
+def asked_to(action: str) -> Iterator[None]:
+    """Around what asks the engine to do something, or as its decorator: turn every failure into an EngineError. The engine's
+    refusals, and into EngineAbsent whatever goes wrong on the way to it and back: a connection that breaks or is too slow, an
+    answer that no engine would give, as a proxy before it may."""
+    try:
+        yield
+    except Refused as error:
+        kind = {404: EngineMissing, 409: EngineConflict}.get(error.status, EngineError)
+        raise kind(f"the engine cannot {action}: {error}") from error
+    except TimeoutError as error:
+        raise EngineAbsent(f"the engine did not answer in time (to {action})") from error
+    except (OSError, http.client.HTTPException) as error:
+        what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
+        raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not of the documented shape
+        raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
+
+
 class Reply:
     """An answer of the engine whose head was read, and the connection it comes on."""
 
@@ -2741,79 +2810,34 @@ class Reply:
         self.wire.stream(silence)
         return self
 
+    @asked_to("go on with its answer")
     def read(self, count: int) -> bytes:
         """That many bytes of the body; fewer at its end. Raises EngineAbsent."""
-        with translated("go on with its answer"):
-            return self._response.read(count)
+        return self._response.read(count)
 
+    @asked_to("go on with its answer")
     def read1(self, count: int) -> bytes:
         """What there is of the body, that many bytes at most; b"" at its end. Raises EngineAbsent."""
-        with translated("go on with its answer"):
-            return self._response.read1(count)
+        return self._response.read1(count)
 
+    @asked_to("go on with its answer")
     def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
         """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
         EngineAbsent."""
         chunk = getattr(self._response, "chunk_left", None)  # between two chunks stand the end of one and the size of another
         lines = 0 if chunk or not self._response.chunked else 1 if chunk is None else 2
-        with translated("go on with its answer"):
-            return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
+        return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
 
-    def pieces(self, silence: float = COPY_SECONDS) -> Iterator[bytes]:
-        """The body, piece by piece, none of which takes longer than some seconds. Raises EngineAbsent."""
+    def pieces(self) -> Iterator[bytes]:
+        """The body, piece by piece. Raises EngineAbsent."""
         with contextlib.closing(self):
-            while piece := self.next(seconds=silence):
+            while piece := self.read1(READ_BYTES):
                 yield piece
-            if piece is None:
-                raise EngineAbsent("the engine did not answer in time (to go on with its answer)")
 
     def close(self) -> None:
         """Let the connection go; an engine keeps a container busy with one that is forgotten."""
         self.wire.shut()
         self.wire.close()
-
-
-class Refused(Exception):
-    """The engine's own word that it does not do what it was asked to."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@contextlib.contextmanager
-def translated(action: str) -> Iterator[None]:
-    """Turn every failure into an EngineError: the engine's refusals, and into EngineAbsent whatever goes wrong on the way to
-    it and back: a connection that breaks or is too slow, an answer that no engine would give, as a proxy before it may."""
-    try:
-        yield
-    except Refused as error:
-        kind = {404: EngineMissing, 409: EngineConflict}.get(error.status, EngineError)
-        raise kind(f"the engine cannot {action}: {error}") from error
-    except TimeoutError as error:
-        raise EngineAbsent(f"the engine did not answer in time (to {action})") from error
-    except (OSError, http.client.HTTPException) as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-        raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not of the documented shape
-        raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
-
-
-Parameters = ParamSpec("Parameters")
-
-
-def asks_to(action: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """A method that asks the engine to do something, with its failures translated."""
-
-    def decorate(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        @functools.wraps(method)
-        def ask(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-            with translated(action):
-                return method(*arguments, **options)
-
-        return ask
-
-    return decorate
 
 
 # -- where the engine is
@@ -2833,15 +2857,26 @@ class EngineAddress:
     url: str
     source: str
 
+    def connect(self) -> socket.socket:
+        """A connection, without TLS yet. Raises OSError."""
+        with contextlib.ExitStack() as opened:
+            if self.path:
+                sock = opened.enter_context(socket.socket(socket.AF_UNIX))
+                sock.settimeout(HEALTH_SECONDS)
+                sock.connect(self.path)
+            else:
+                address = self.host or "", self.port or 0
+                sock = opened.enter_context(socket.create_connection(address, HEALTH_SECONDS))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in TCP_OPTIONS.items():
+                    sock.setsockopt(socket.IPPROTO_TCP, name, value)
+            opened.pop_all()
+            return sock
+
     def trouble(self) -> str:
         """Why nobody can connect to it, in the system's words ("Permission denied"); "" if one can."""
         try:
-            if self.path:
-                with socket.socket(socket.AF_UNIX) as probe:
-                    probe.settimeout(HEALTH_SECONDS)
-                    probe.connect(self.path)
-            else:
-                socket.create_connection((self.host or "", self.port or 0), HEALTH_SECONDS).close()
+            self.connect().close()
         except OSError as error:
             return f"cannot connect to the engine at {self.url}: {error.strerror or error}"
         return ""
@@ -2957,23 +2992,6 @@ class Engine:
         view._patience = patience
         return view
 
-    def _connect(self, seconds: float) -> Wire:
-        with contextlib.ExitStack() as opened:
-            if self._address.path:
-                sock = opened.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                sock.settimeout(HEALTH_SECONDS)
-                sock.connect(self._address.path)
-            else:
-                address = str(self._address.host), int(self._address.port or 0)
-                sock = opened.enter_context(contextlib.closing(socket.create_connection(address, HEALTH_SECONDS)))
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for name, value in TCP_OPTIONS.items():
-                    sock.setsockopt(socket.IPPROTO_TCP, name, value)
-            if self._address.tls:
-                sock = self._address.tls.wrap_socket(sock, server_hostname=self._address.host)
-            opened.pop_all()
-            return Wire(sock, seconds, self._patience)
-
     def _call(
         self, method: str, path: str, *expected: int, query: Mapping[str, Any] | None = None,
         body: bytes | dict[str, Any] | Iterator[bytes] | None = None, seconds: float = ENGINE_SECONDS,
@@ -2982,18 +3000,13 @@ class Engine:
         """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
         connection and an answer of another kind raise."""
         data = to_json(body) if isinstance(body, dict) else body or b""
-        length = {"Content-Length": len(data)} if isinstance(data, bytes) else {"Transfer-Encoding": "chunked"}
-        lines = {"Host": "docker", "User-Agent": "lightrun", "Content-Type": JSON, **length, **(headers or {})}
         target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        head = f"{method} {target} HTTP/1.1\r\n" + "".join(f"{name}: {text}\r\n" for name, text in lines.items()) + "\r\n"
         with contextlib.ExitStack() as opened:
-            wire = opened.enter_context(contextlib.closing(self._connect(seconds)))
-            with contextlib.suppress(ConnectionError):  # it may have answered before it took all
-                wire.send(head.encode())
-                for piece in [data] if isinstance(data, bytes) else _chunked(data):
-                    wire.send(piece)
-            response = http.client.HTTPResponse(wire, method=method)  # type: ignore[arg-type]  # as much of a socket as it needs
-            response.begin()
+            wire = opened.enter_context(contextlib.closing(Wire(self._address.connect(), HEALTH_SECONDS, self._patience)))
+            if self._address.tls:
+                wire.secure(self._address.tls, self._address.host or "")
+            wire.stream(seconds)
+            response = exchange(wire, method, target, {"Host": "docker", **(headers or {})}, data)
             if response.status not in (expected or (200,)):
                 if method == "HEAD" and "Api-Version" in response.headers:  # which has no body, and no words
                     raise Refused(response.status, response.reason)
@@ -3011,7 +3024,7 @@ class Engine:
             self.version()
         return path if path == "/version" else f"/v{self._shared.api}{path}"
 
-    @asks_to("tell its version")
+    @asked_to("tell its version")
     def version(self) -> dict[str, str]:
         """Version and API version; the quick question whether the engine answers."""
         about = self._call("GET", "/version", seconds=HEALTH_SECONDS).json()
@@ -3020,14 +3033,14 @@ class Engine:
         self._shared.api = about["ApiVersion"]
         return {"version": str(about["Version"]), "apiVersion": about["ApiVersion"]}
 
-    @asks_to("tell what it has")
+    @asked_to("tell what it has")
     def about(self) -> dict[str, Any]:
         """What it says of itself (`/info`); asked again when it was away."""
         if not self._shared.about:
             self._shared.about = dict(self._call("GET", "/info", seconds=HEALTH_SECONDS).json())
         return self._shared.about  # type: ignore[no-any-return]
 
-    @asks_to("tell what it has")
+    @asked_to("tell what it has")
     def check_limits(self) -> None:
         """Raises StartError for an option that this engine cannot give, and warns of what it does not do as one would think."""
         about = self.about()
@@ -3050,7 +3063,7 @@ class Engine:
             remedy = 'add "--overlay2=none" to its runtimeArgs in the engine\'s /etc/docker/daemon.json, if it knows that'
             log.warning("runtime %s: files that a run has changed may be kept old, or not at all; %s", name, remedy)
 
-    @asks_to("find the image")
+    @asked_to("find the image")
     def image(self, reference: str) -> Image:
         """What is known of an image that is on the engine. Raises EngineMissing."""
         about = self._call("GET", f"/images/{reference}/json").json()
@@ -3065,17 +3078,17 @@ class Engine:
         name, sign, digest = reference.partition("@")
         repository, _, tag = (name, sign, digest) if sign else reference.rpartition(":")
         credentials = _credentials(repository)
-        with translated("pull the image"):
+        with asked_to("pull the image"):
             reply = self._call(
                 "POST", "/images/create", query={"fromImage": repository, "tag": tag}, seconds=seconds,
                 headers={"X-Registry-Auth": credentials} if credentials else {},
             )  # fmt: skip
         rest = b""
         with contextlib.closing(reply.streamed(seconds)):
-            for piece in reply.pieces(seconds):
+            for piece in reply.pieces():
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in filter(bytes.strip, lines):
-                    with translated("pull the image"):
+                    with asked_to("pull the image"):
                         event = dict(json.loads(line))
                     if "error" in event:
                         raise EngineError(f"the engine cannot pull the image: {event['error']}")
@@ -3091,7 +3104,7 @@ class Engine:
                 raise EngineMissing(f"there is no network named {name} that a run may use")
         return name
 
-    @asks_to("make the network")
+    @asked_to("make the network")
     def _isolated_network(self) -> str:
         """The isolated bridge, made when missing. Two daemons may make it at once, and older engines then have two."""
         while not self._network_lock.acquire(timeout=DISCONNECT_POLL_SECONDS):
@@ -3101,11 +3114,11 @@ class Engine:
             if not self._shared.network_ready:
                 about = {"Name": NETWORK, "Driver": "bridge", "Options": NETWORK_OPTIONS, "Labels": {LABEL_STATE: ""}}
                 if not self._networks():
-                    with contextlib.suppress(EngineConflict), translated("make the network"):
+                    with contextlib.suppress(EngineConflict), asked_to("make the network"):
                         self._call("POST", "/networks/create", 201, body={**about, "CheckDuplicate": True}).json()
                 first, *others = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
                 for other in others:
-                    with contextlib.suppress(EngineError), translated("remove a second network"):
+                    with contextlib.suppress(EngineError), asked_to("remove a second network"):
                         self._call("DELETE", f"/networks/{other['Id']}", 204).nothing()
                 options = first.get("Options") or {}
                 if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
@@ -3123,7 +3136,7 @@ class Engine:
         """Ask again for what it has, and for the isolated bridge, before the next use: it may be another, or was pruned."""
         self._shared.about, self._shared.network_ready = {}, False
 
-    @asks_to("create the container")
+    @asked_to("create the container")
     def create(self, run_id: str, image: Image, request: RunRequest, parent: str = "") -> str:
         """Create a run's container with every hardening of SPEC 5, below a cgroup or the engine's own (""); its id."""
         config = {
@@ -3166,14 +3179,14 @@ class Engine:
             **({"Runtime": self._settings.runtime} if self._settings.runtime else {}),
         }
 
-    @asks_to("put the files")
+    @asked_to("put the files")
     def put(self, container: str, tar: Iterator[bytes]) -> None:
         """Unpack a tar at the root of a container that has not been started; no folder takes a file's place, nor the other way
         round."""
         path, query = f"/containers/{container}/archive", {"path": "/", "noOverwriteDirNonDir": 1}
         self._call("PUT", path, query=query, body=tar, headers={"Content-Type": TAR}).nothing()
 
-    @asks_to("look at the files of the image")
+    @asked_to("look at the files of the image")
     def stat(self, container: str, path: str) -> tuple[int, str] | None:
         """Go file mode and, of a link, the target of what stands at a path of a container, links on the way to it followed;
         None for nothing."""
@@ -3187,13 +3200,13 @@ class Engine:
             about = json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))
             return int(about["mode"]), str(about.get("linkTarget", ""))
 
-    @asks_to("look at the files of the image")
+    @asked_to("look at the files of the image")
     def added(self, container: str) -> set[str]:
         """The paths that a container has and its image has not."""
         changes = self._call("GET", f"/containers/{container}/changes").json() or []
         return {str(change["Path"]) for change in changes if change["Kind"] == 1}
 
-    @asks_to("look at the files of the image")
+    @asked_to("look at the files of the image")
     def text(self, container: str, path: str) -> str:
         """A small text file of a container, a link to it followed; "" for none."""
         try:
@@ -3214,32 +3227,37 @@ class Engine:
         except tarfile.TarError as error:
             raise ValueError("not a tar") from error
 
-    @asks_to("attach")
+    def _attach(self, container: str, streams: Mapping[str, int], headers: Mapping[str, str] | None = None) -> Reply:
+        """A stream from or to a container. Raises ValueError for an answer that is none."""
+        expected, query = (101, 200) if headers else (200,), {"stream": 1, **streams}
+        reply = self._call("POST", f"/containers/{container}/attach", *expected, query=query, headers=headers).streamed()
+        if not reply.header("Content-Type").startswith("application/vnd.docker."):
+            reply.close()
+            raise ValueError("not a container's stream")
+        return reply
+
+    @asked_to("attach")
     def attach(self, container: str) -> Reply:
         """The container's output from now on, as frames cut anywhere."""
-        path = f"/containers/{container}/attach"
-        return _raw(self._call("POST", path, query={"stream": 1, **BOTH_STREAMS}).streamed())
+        return self._attach(container, BOTH_STREAMS)
 
-    @asks_to("attach")
+    @asked_to("attach")
     def attach_whole(self, container: str) -> Reply:
         """The same, and the container's stdin as what is sent: its end is the end of file."""
-        query = {"stream": 1, "stdin": 1, **BOTH_STREAMS}
-        return _raw(self._call("POST", f"/containers/{container}/attach", query=query).streamed())
+        return self._attach(container, {"stdin": 1, **BOTH_STREAMS})
 
-    @asks_to("read the log")
+    @asked_to("read the log")
     def kept_output(self, container: str, follow: bool) -> Reply:
         """The engine's own copy of the output from its beginning; to follow, until the container has exited."""
         query = {"follow": int(follow), **BOTH_STREAMS}
         silence = ENGINE_SECONDS if follow else COPY_SECONDS
         return self._call("GET", f"/containers/{container}/logs", query=query, seconds=silence).streamed(silence)
 
-    @asks_to("attach stdin")
+    @asked_to("attach stdin")
     def open_stdin(self, container: str) -> Reply:
         """A connection to the container's stdin; the end of it is the end of file. A program that does not read makes it
         wait as long as it runs."""
-        path, query = f"/containers/{container}/attach", {"stream": 1, "stdin": 1}
-        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
-        reply = _raw(self._call("POST", path, 101, 200, query=query, headers=headers).streamed(math.inf))
+        reply = self._attach(container, {"stdin": 1}, {"Connection": "Upgrade", "Upgrade": "tcp"}).streamed(math.inf)
         reply.wire.patience = None
         return reply
 
@@ -3253,7 +3271,7 @@ class Engine:
         """Whether it is spoken to without TLS, so that two threads may use one connection."""
         return self._address.tls is None
 
-    @asks_to("start the container")
+    @asked_to("start the container")
     def start(self, container: str) -> None:
         """Start the container; to say it twice is harmless while it runs."""
         try:
@@ -3263,7 +3281,7 @@ class Engine:
                 raise EngineAbsent(f"the engine does not know which network is meant: {error}") from error
             raise
 
-    @asks_to("inspect the container")
+    @asked_to("inspect the container")
     def inspect(self, container: str) -> ContainerState:
         """The engine's word on a container, by id or name. Raises EngineMissing."""
         reply = self._call("GET", f"/containers/{container}/json")
@@ -3278,7 +3296,7 @@ class Engine:
         workdir, exit_code, oom_killed = about["Config"].get("WorkingDir") or "/", state["ExitCode"], bool(state["OOMKilled"])
         return ContainerState(str(about["Image"]), workdir, state["Running"], started, finished, exit_code, oom_killed, told)
 
-    @asks_to("wait for the container")
+    @asked_to("wait for the container")
     def wait(self, container: str, wake: int, seconds: float) -> None:
         """Return when the container has exited, `seconds` have passed or `wake` is readable: look then."""
         with (
@@ -3287,7 +3305,7 @@ class Engine:
         ):
             reply.wire.ready(wake, seconds)
 
-    @asks_to("send a signal")
+    @asked_to("send a signal")
     def kill(self, container: str, signal_name: str) -> bool:
         """Send a signal; whether the container was there to take it."""
         try:
@@ -3298,22 +3316,24 @@ class Engine:
             return False
         return True
 
-    @asks_to("tell its events")
+    @asked_to("tell its events")
     def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
         """Whether the engine sent the container a signal between two times of its own clock; it remembers its last events."""
         number = str(signal.Signals[signal_name].value)
         filters = json.dumps({"container": [container], "event": ["kill"]})
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
-        events = b"".join(self._call("GET", "/events", query=query).pieces()).splitlines()
+        reply = self._call("GET", "/events", query=query).streamed(COPY_SECONDS)
+        reply.wire.patience = None  # it may be `until` that is waited for
+        events = b"".join(reply.pieces()).splitlines()
         return any(json.loads(event)["Actor"]["Attributes"]["signal"] == number for event in events)
 
-    @asks_to("copy out")
+    @asked_to("copy out")
     def archive(self, container: str, path: str) -> tuple[Reply, int]:
         """A path of an exited container as a tar stream, and its Go file mode. Raises EngineMissing."""
         reply = self._call("GET", f"/containers/{container}/archive", query={"path": path}).streamed()
         return reply, int(json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))["mode"])
 
-    @asks_to("remove the container")
+    @asked_to("remove the container")
     def remove(self, container: str) -> None:
         """Remove a container, running or not, with its anonymous volumes; gone already is as good."""
         try:
@@ -3322,7 +3342,7 @@ class Engine:
             if error.status != 404:
                 raise
 
-    @asks_to("list the containers")
+    @asked_to("list the containers")
     def containers(self) -> list[tuple[str, str]]:
         """Id and run id of every container of this state dir."""
         query = {"all": 1, "filters": json.dumps({"label": [f"{LABEL_STATE}={self._state_id}"]})}
@@ -3330,25 +3350,6 @@ class Engine:
         runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
         # An image can carry any label, and somebody else may run it; but the name is ours alone.
         return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
-
-
-def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """A body of no known length (RFC 9112, 7.1); small pieces go together."""
-    chunk: list[bytes] = []
-    for piece in pieces:
-        chunk.append(piece)
-        if sum(map(len, chunk)) >= COPY_BYTES or len(chunk) > 100:
-            yield b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk))
-            chunk.clear()
-    yield (b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk)) if any(chunk) else b"") + b"0\r\n\r\n"
-
-
-def _raw(reply: Reply) -> Reply:
-    """An answer that is a stream from or to a container. Raises ValueError for another."""
-    if not reply.header("Content-Type").startswith("application/vnd.docker."):
-        reply.close()
-        raise ValueError("not a container's stream")
-    return reply
 
 
 def container_name(run_id: str) -> str:
@@ -4284,16 +4285,14 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
     CallbackError."""
     parts = urllib.parse.urlsplit(url)
     tls, host = parts.scheme == "https", parts.hostname or ""
-    port = parts.port or (443 if tls else 80)
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
     try:
-        with contextlib.closing(kind(host, port)) as connection, _connect(host, port, allow) as sock, _cut_off(sock):
-            connection.sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host) if tls else sock
-            with contextlib.suppress(OSError):  # who answers may close before it has read all (RFC 9112, 9.6)
-                connection.request("POST", target, body, {"Content-Type": JSON, "User-Agent": "lightrun", **headers})
-            response = _final_response(connection)
-    except (OSError, http.client.HTTPException, ValueError, RuntimeError) as error:
+        with contextlib.closing(Wire(_connect(host, parts.port or (443 if tls else 80), allow), CALLBACK_SECONDS)) as wire:
+            wire.limit()
+            if tls:
+                wire.secure(ssl.create_default_context(), host)
+            response = exchange(wire, "POST", target, {"Host": parts.netloc, **headers}, body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
         retry = response.status in {408, 425, 429} or response.status >= 500
@@ -4311,36 +4310,6 @@ def _connect(host: str, port: int, allow: tuple[str, ...]) -> socket.socket:
         sock.close()
         raise CallbackError("the host's address is link-local", retry=False)
     return sock
-
-
-@contextlib.contextmanager
-def _cut_off(sock: socket.socket) -> Iterator[None]:
-    """An end to an attempt that takes longer, were it only trickling. Raises TimeoutError then: what was cut short can look
-    complete."""
-    deadline = time.monotonic() + CALLBACK_SECONDS
-    with sock.dup() as twin:  # TLS takes the first one away
-        guard = threading.Timer(CALLBACK_SECONDS, _shut, [twin])
-        guard.start()
-        try:
-            yield
-        finally:
-            guard.cancel()
-            if time.monotonic() >= deadline:
-                raise TimeoutError
-
-
-def _shut(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _final_response(connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
-    """The answer after all interim ones (RFC 9110, 15.2), of which http.client knows 100 only."""
-    response = connection.getresponse()
-    while response.status < 200:
-        response.headers = None  # type: ignore[assignment]  # as it is before the first
-        response.begin()
-    return response
 
 
 def http_date(text: str) -> float | None:
@@ -5871,32 +5840,21 @@ class Keeper:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """Pieces for a client as they come, until it leaves; gives its place back when closed, begun or not."""
+def while_there(call: Call, pieces: Generator[bytes, None, None], place: contextlib.ExitStack) -> Generator[bytes, None, None]:
+    """Pieces for a client as they come, until it leaves; gives its place back in the end. First comes b"": a generator that
+    has not begun would not, when it is closed."""
+    import waitress.channel
 
-    def __init__(self, call: Call, pieces: Generator[bytes, None, None], place: contextlib.ExitStack) -> None:
-        self._call, self._pieces, self._place = call, pieces, place
-
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> bytes:
-        import waitress.channel
-
+    with place, contextlib.closing(pieces):
+        yield b""
         try:
-            for piece in self._pieces:
-                if self._call.gone():
+            for piece in pieces:
+                if call.gone():
                     raise waitress.channel.ClientDisconnected
                 if piece:
-                    return piece
+                    yield piece
         except (LogGap, LightrunError, OSError) as error:  # too late for a status: the connection just ends
             raise waitress.channel.ClientDisconnected from error
-        raise StopIteration
-
-    def close(self) -> None:
-        """See PEP 3333."""
-        with self._place:
-            self._pieces.close()
 
 
 @dataclasses.dataclass
@@ -5904,7 +5862,7 @@ class Answer:
     """What goes back to a client: bytes, a file (which holds no thread while it is sent), or pieces as they come."""
 
     status: int = 200
-    body: bytes | IO[bytes] | Stream = b""
+    body: bytes | IO[bytes] | Generator[bytes, None, None] = b""
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -6229,7 +6187,7 @@ class Api:
             body = self._spooled(body)
         if isinstance(body, bytes):
             return [body]
-        if not isinstance(body, Stream):
+        if not isinstance(body, Generator):
             return environ["wsgi.file_wrapper"](body, COPY_BYTES)  # type: ignore[no-any-return]
         try:
             write(b"")  # the headers, which a follower of a silent run would otherwise wait for
@@ -6487,7 +6445,9 @@ class Api:
         self, call: Call, pieces: Generator[bytes, None, None], kind: str, place: contextlib.ExitStack | None = None
     ) -> Answer:
         """Pieces for a client, from a thread that they hold: one of the places, taken before the headers are sent."""
-        return Answer(200, Stream(call, pieces, place or self._waiting_place()), {"Content-Type": kind})
+        body = while_there(call, pieces, place or self._waiting_place())
+        next(body)
+        return Answer(200, body, {"Content-Type": kind})
 
 
 # --------------------------------------------------------------------------------------------------------------------

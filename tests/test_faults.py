@@ -71,7 +71,8 @@ def moment(state: dict[str, Any], name: str) -> float:
 
 @pytest.mark.timeout(400)
 def test_sample_of_the_matrix(engine: docker.APIClient) -> None:
-    failures = faults.run_cells(engine, faults.sample(faults.all_cells(), SEED, CELLS), 4)
+    copy = faults.Cell("detached", "cancel", "logs", "mid", "silent")  # no sample is to miss it: it once took 15 s
+    failures = faults.run_cells(engine, [copy, *faults.sample(faults.all_cells(), SEED, CELLS)], 4)
     assert not failures, "\n".join(sorted(failures))
 
 
