@@ -439,7 +439,7 @@ def measure_warm(bench: Bench) -> list[Row]:
             "cold": lambda: bench.run(bench.tcp, cold, FILES),
         }
         in_turn(1, calls)
-        took = in_turn(bench.pick(2, 40), calls)
+        took = in_turn(bench.pick(1, 40), calls)
         until(lambda: len(waiting()) == pool, "a pool that is full")
         time.sleep(1)
         figures = [_processes_of(set(waiting()))]
@@ -613,7 +613,7 @@ def fill(state_dir: Path, count: int) -> list[str]:
 
 def measure_stored(bench: Bench) -> list[Row]:
     """State, list and health with many stored runs against few."""
-    few, many = 100, bench.pick(2_000, 100_000)
+    few, many = 100, bench.pick(1_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
 
     def ask(client: Client, paths: Sequence[str]) -> float:
@@ -731,9 +731,9 @@ def serve_plainly(file: str, listener: str) -> None:
 
 def measure_artifacts(bench: Bench) -> list[Row]:
     """Extraction against `docker cp`; the download of an artifact against a plain file server on the same kind of socket."""
-    size = bench.pick(16, 400) * MIB
+    size = bench.pick(8, 400) * MIB
     command = ["dd", "if=/dev/zero", "of=/app/big", "bs=1M", f"count={size // MIB}"]
-    rounds = bench.pick(2, 5)
+    rounds = bench.pick(1, 5)
     rows = []
     folder = Path(tempfile.mkdtemp(prefix="copies-"))
     name = f"lightrun-bench-{uuid.uuid4().hex}"
@@ -792,7 +792,7 @@ def _downloads(
         server.download(buffer)
         daemon.forget_peak()
         before = daemon.memory()
-        rates = in_turn(bench.pick(3, 15), {
+        rates = in_turn(bench.pick(1, 15), {
             "lightrun": lambda: rate(size, from_daemon),
             "plain": lambda: rate(size, lambda: check(server.download(buffer))),
         })  # fmt: skip
@@ -820,7 +820,7 @@ def measure_upload(bench: Bench) -> list[Row]:
         for transport, daemon, client in (("tcp", bench.tcp, tcp), ("unix", bench.unix, unix)):
             with plain_listener(daemon.folder, daemon.unix) as listener, PlainServer(Path(os.devnull), listener) as server:
                 server.upload(refused)
-                rates = in_turn(bench.pick(3, 20), {
+                rates = in_turn(bench.pick(1, 20), {
                     "lightrun": functools.partial(rate, len(refused), functools.partial(send, client)),
                     "plain": functools.partial(rate, len(refused), functools.partial(server.upload, refused)),
                 })  # fmt: skip
@@ -848,7 +848,7 @@ def measure_start(bench: Bench) -> list[Row]:
     def bare_python() -> float:
         return milliseconds(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
 
-    rounds = bench.pick(3, 20)
+    rounds = bench.pick(2, 20)
     took = in_turn(rounds, {"version": lambda: milliseconds(version), "python": bare_python})
     answers = [first_answer() for _ in range(bench.pick(1, 10))]
     return [
