@@ -3996,15 +3996,15 @@ MISSES = ("image", "network", "limits", "user", "command", "environment", "stdin
 
 
 class Pools:
-    """The warm containers, filled by a thread of their own, one at a time, when no run waits for its place. `counts` has how
-    many runs got one (`hit`), and how many did not, by what was in the way (MISSES)."""
+    """The warm containers, filled by a thread of their own, one at a time, when runs leave it time. `counts` has how many
+    runs got one (`hit`), and how many did not, by what was in the way (MISSES)."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, layout: Layout, slots: Slots, queued: Callable[[], int],
+        self, settings: Settings, engine: Engine, layout: Layout, slots: Slots, is_busy: Callable[[], bool],
         tidy_up: Callable[[], None],
     ) -> None:  # fmt: skip
         self._settings, self._engine, self._layout, self._slots = settings, engine, layout, slots
-        self._queued, self._tidy_up = queued, tidy_up
+        self._is_busy, self._tidy_up = is_busy, tidy_up
         self._roomy: set[str] = set()  # ids of images for whose user the usual workdir was made
         self._pools = [self._pool(*parse_warm(text)) for text in settings.warm]
         self._machine: Machine | None = None  # the engine's
@@ -4175,7 +4175,7 @@ class Pools:
             with self._lock:
                 if sum(warm.pool is pool for warm in self._ready) >= pool.count:
                     return
-            if self._queued():
+            if self._is_busy():
                 time.sleep(DISCONNECT_POLL_SECONDS)
                 continue
             warm = self._make(pool, image, home)
@@ -4927,7 +4927,7 @@ class Runner:
         self._pulls = Pulls(engine, settings.pull_timeout)
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
-        self.pools = Pools(settings, engine, self._layout, self.slots, self._places.queued, self._keeper.tidy_up)
+        self.pools = Pools(settings, engine, self._layout, self.slots, self._is_busy, self._keeper.tidy_up)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
@@ -5057,6 +5057,13 @@ class Runner:
         """The run in progress with this id."""
         with self._lock:
             return self._jobs.get(run_id)
+
+    def _is_busy(self) -> bool:
+        """Whether runs wait for a place, or as many start as the engine has CPUs: a warm container would cost them as much time
+        as it saves."""
+        with self._lock:
+            starting = sum(job.run.phase == "starting" for job in self._jobs.values())
+        return self._places.queued() > 0 or starting >= self._engine.about().get("NCPU", 1)
 
     def counts(self) -> tuple[int, int]:
         """Runs that have a worker, and runs that wait for one."""

@@ -469,7 +469,7 @@ def measure_warm(bench: Bench) -> list[Row]:
         if PYTHON_IMAGE in images:
             calls |= {"python": lambda: run(client, PYTHON), "docker run python": lambda: bench.docker_run(PYTHON)}
         in_turn(1, calls)
-        took = in_turn(bench.pick(2, 40), calls)
+        took = in_turn(bench.pick(1, 40), calls)
     fill()
     time.sleep(1)
     figures = [_processes_of(set(waiting(IMAGE)))]
@@ -661,7 +661,7 @@ def fill(state_dir: Path, count: int) -> list[str]:
 
 def measure_stored(bench: Bench) -> list[Row]:
     """State, list and health with many stored runs against few."""
-    few, many = 100, bench.pick(2_000, 100_000)
+    few, many = 100, bench.pick(1_000, 100_000)
     calls: dict[str, Callable[[], float]] = {}
 
     def ask(client: Client, paths: Sequence[str]) -> float:
@@ -779,9 +779,9 @@ def serve_plainly(file: str, listener: str) -> None:
 
 def measure_artifacts(bench: Bench) -> list[Row]:
     """Extraction against `docker cp`; the download of an artifact against a plain file server on the same kind of socket."""
-    size = bench.pick(16, 400) * MIB
+    size = bench.pick(8, 400) * MIB
     command = ["dd", "if=/dev/zero", "of=/app/big", "bs=1M", f"count={size // MIB}"]
-    rounds = bench.pick(2, 5)
+    rounds = bench.pick(1, 5)
     rows = []
     folder = Path(tempfile.mkdtemp(prefix="copies-"))
     name = f"lightrun-bench-{uuid.uuid4().hex}"
@@ -838,7 +838,7 @@ def _downloads(bench: Bench, daemon: Daemon, client: Client, path: str, transpor
         server.download(buffer)
         daemon.forget_peak()
         before = daemon.memory()
-        rates = in_turn(bench.pick(3, 15), {
+        rates = in_turn(bench.pick(1, 15), {
             "lightrun": lambda: rate(size, from_daemon),
             "plain": lambda: rate(size, lambda: check(server.download(buffer))),
         })  # fmt: skip
@@ -866,7 +866,7 @@ def measure_upload(bench: Bench) -> list[Row]:
         for transport, daemon, client in (("tcp", bench.tcp, tcp), ("unix", bench.unix, unix)):
             with plain_listener(daemon.folder, daemon.unix) as listener, PlainServer(Path(os.devnull), listener) as server:
                 server.upload(refused)
-                rates = in_turn(bench.pick(3, 20), {
+                rates = in_turn(bench.pick(1, 20), {
                     "lightrun": functools.partial(rate, len(refused), functools.partial(send, client)),
                     "plain": functools.partial(rate, len(refused), functools.partial(server.upload, refused)),
                 })  # fmt: skip
@@ -938,7 +938,7 @@ def measure_start(bench: Bench) -> list[Row]:
     def bare_python() -> float:
         return milliseconds(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
 
-    rounds = bench.pick(3, 20)
+    rounds = bench.pick(2, 20)
     took = in_turn(rounds, {"version": lambda: milliseconds(version), "python": bare_python})
     answers = [first_answer() for _ in range(bench.pick(1, 10))]
     return [

@@ -358,7 +358,7 @@ class Daemon:
         self.port = 0 if socket else free_port()
         self.url = "" if socket else f"http://127.0.0.1:{self.port}"
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        threads = {"LIGHT_RUN_MAX_WAITING": "128"}  # as many as by default would take a third of the time to start
+        threads = {"LIGHT_RUN_MAX_WAITING": "32"}  # as many as by default would take a third of the time to start
         self.env = {**kept, **threads, "HOME": str(self.home), "TMPDIR": str(self.temporary), **(env or {})}
         address = ["--socket", str(self.socket)] if socket else ["--port", str(self.port)]
         state = [] if "--state-dir" in options else ["--state-dir", str(self.state_dir)]

@@ -161,7 +161,7 @@ def test_who_finds_no_place_is_told_so(daemon: DaemonFactory) -> None:
 
 
 def test_a_hundred_followers_get_every_byte(daemon: DaemonFactory) -> None:
-    lightrun = daemon()
+    lightrun = daemon("--max-waiting", "100")
     script = "sleep 2; i=0; while [ $i -lt 100 ]; do echo line $i; sleep 0.02; i=$((i+1)); done; printf end"
     printed = "".join(f"line {number}\n" for number in range(100)).encode() + b"end"
     run = lightrun.detach(entrypoint=script, network="none")

@@ -327,7 +327,8 @@ def test_misses_are_counted_by_what_was_in_the_way(engine: docker.APIClient) -> 
     settings, state_id = lightrun.Settings(warm=(f"{IMAGE}=1/none",)), uuid.uuid4().hex
     ours = lightrun.Engine(settings, state_id)
     slots = lightrun.Slots(ours, state_id)
-    pools = lightrun.Pools(settings, ours, lightrun.Layout(), slots, lambda: 0, lambda: None)
+    busy = threading.Event()
+    pools = lightrun.Pools(settings, ours, lightrun.Layout(), slots, busy.is_set, lambda: None)
     image = ours.image(IMAGE)
 
     def take(about: lightrun.Image = image, lasting: bool = False, **fields: Any) -> lightrun.Warm | None:
@@ -347,8 +348,11 @@ def test_misses_are_counted_by_what_was_in_the_way(engine: docker.APIClient) -> 
         assert take(**fields) is None
     assert pools.counts == dict.fromkeys(tried, 1)
     assert set(tried) | {"failed"} == set(lightrun.MISSES)
+    busy.set()
     pools.start()
     try:
+        assert not eventually(take, 4, 0.3), "a pool was filled at the cost of runs"
+        busy.clear()
         taken = eventually(lambda: take(stdin="x" * (lightrun.PIPE_BYTES + 1)), 60, 0.3)
         assert taken.pool.image == "docker.io/" + IMAGE
         assert taken.alive
