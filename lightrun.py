@@ -2000,7 +2000,11 @@ class ArtifactError(Exception):
     """An `extract` entry that cannot be kept, in words for the client."""
 
 
-BROKEN_ARCHIVE = "the engine sent a broken archive"
+class BrokenArchive(ArtifactError):
+    """What came of an archive is none, or has no end. An engine sends no such thing, but a connection may break so."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine sent a broken archive")
 
 
 def _tar_header(
@@ -2289,7 +2293,7 @@ class ArchiveSource:
         data: bytes = self._passing(lambda: self._read(size))
         self.left -= len(data)
         if self.left < 0 or not data:
-            raise ArtifactError(BROKEN_ARCHIVE)
+            raise BrokenArchive
         return data
 
     def check(self) -> None:
@@ -2330,7 +2334,7 @@ class Extraction:
             if isinstance(error, OSError):
                 raise ArtifactError(f"cannot be kept: {error.strerror or 'input/output error'}") from error
             log.warning("a broken archive: %r", error)  # for which tarfile raises nearly anything
-            raise ArtifactError(BROKEN_ARCHIVE) from error
+            raise BrokenArchive from error
         finally:
             remove_tree(self._staging)
         self._bytes_left = bytes_left
@@ -2376,7 +2380,7 @@ class Extraction:
                 if len(entries) + skipped > self._entries_left:
                     raise ArtifactError("holds more files and folders than a run may keep")
         if top is None and not any(entry["type"] == "file" for entry in entries.values()):
-            raise ArtifactError(BROKEN_ARCHIVE)
+            raise BrokenArchive
         return entries, skipped, bytes_left
 
     def _make_folders(self, paths: Iterable[str], entries: dict[str, dict[str, Any]]) -> None:
@@ -5633,7 +5637,7 @@ class Runner:
                     job.taken = reason
         if job.taken:
             return job.taken
-        if job.taken_up and not job.fed:  # it may have taken the loss for the end of its input
+        if job.taken_up and not job.fed and job.stdin is None:  # it may have taken the loss for the end of its input
             return "interrupted"
         if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift):
             return "engine_error"
@@ -5699,7 +5703,10 @@ class Runner:
                     raise ArtifactError("is a link")
                 if mode & GO_MODE_OTHER:
                     raise ArtifactError("is neither a file nor a folder")
-                return extraction.keep(tar, bool(mode & GO_MODE_FOLDER), to)
+                try:
+                    return extraction.keep(tar, bool(mode & GO_MODE_FOLDER), to)
+                except BrokenArchive as error:
+                    raise EngineAbsent(str(error)) from error
 
         try:
             return {"status": "ok", **self._persist(job, copy_out)}
@@ -5723,8 +5730,9 @@ class Runner:
                 job.run.started = max(job.run.created, min(job.run.started, job.now() - job.ran / 1000))
         frames = job.log.frames()
         if job.request.extract and "extracted" not in ending:
-            why = f"exit code {ending['exit_code']}" if ending["reason"] in {"exited", "stopped"} else ending["reason"]
-            why += ", and extractOn is success" if ending["reason"] in EXTRACTED else ""
+            ended = "exit_code" in ending  # else it never ran
+            why = f"exit code {ending['exit_code']}" if ended and ending["reason"] in {"exited", "stopped"} else ending["reason"]
+            why += ", and extractOn is success" if ended and ending["reason"] in EXTRACTED else ""
             ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path, _ in job.request.extract]
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
@@ -6584,7 +6592,8 @@ def _parser_class(gate: Gate, folder: Path) -> type:
                     503: f"the body cannot be written to the state dir: {error.body}",
                 }
                 more = {"message": words[error.code]} if error.code in words else {}
-                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, {})
+                headers = {"Retry-After": "5"} if error.code == 503 else {}
+                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, headers)
             self._error = error
             self.expect_continue = False  # no "100 Continue" before a refusal
 

@@ -335,7 +335,7 @@ class Bench:
         code = self.api.wait(container)["StatusCode"]
         if slot and set(slot.usage()) != {"cpuMs", "memoryPeakBytes"}:
             raise BenchmarkError("the usage of a bare run cannot be had")
-        for path in request.extract:
+        for path, _ in request.extract:
             pieces, _ = self.api.get_archive(container, f"{request.workdir}/{path}")
             with tarfile.open(fileobj=io.BytesIO(b"".join(pieces))) as archive:
                 archive.getmembers()

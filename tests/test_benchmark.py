@@ -15,7 +15,7 @@ import pytest
 import benchmark
 from conftest import ROOT
 
-HEAVY = {"runs", "warm", "throughput", "memory", "many_runs"}  # with many containers, so that they belong to the long form
+HEAVY = {"runs", "warm", "throughput", "memory", "many_runs", "tar"}  # that take long, and so belong to the long form
 
 
 @pytest.mark.timeout(480)

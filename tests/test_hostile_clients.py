@@ -479,7 +479,8 @@ def test_a_strangers_page_starts_no_run(lightrun_open: Daemon) -> None:
     before = lightrun_open.request("GET", "/runs").json()
     assert exchange(lightrun_open, raw.replace(HOST, b"Host: evil.com\r\n")).status == 403
     for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data", b"", b"application/json+x"):
-        assert exchange(lightrun_open, raw.replace(b"application/json", kind)).status == 415
+        status = 400 if kind == b"multipart/form-data" else 415  # which a daemon takes, but this is none
+        assert exchange(lightrun_open, raw.replace(b"application/json", kind)).status == status
     assert lightrun_open.request("GET", "/runs").json() == before
 
 

@@ -483,7 +483,7 @@ def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dic
 # ---------------------------------------------------------------- eviction and deletion
 
 
-@pytest.mark.parametrize("trap", ["Store.delete before 1", "Store.delete after 1", "Store._drop_secret before 3"])
+@pytest.mark.parametrize("trap", ["Store.delete before 1", "Store.delete after 1", "Store._drop_secret before 4"])
 def test_kill_during_deletion(daemon: DaemonFactory, receiver: Receiver, trap: str) -> None:
     lightrun = daemon(env={"LIGHTRUN_TRAP": trap})
     run = lightrun.detach(entrypoint="echo x > x", extract=["x"], callbackUrl=receiver.url)
