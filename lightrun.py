@@ -1946,6 +1946,14 @@ class Log:
                 self.truncated = copy.truncated or copy.cut or copy._rotated or not self._agrees
                 self._kept, self._taken = copy._kept, copy._taken
 
+    def release(self) -> None:
+        """Give the disk back what followers have yet to read: they are cut off, but for those that have read all."""
+        with self._changed:
+            self._followers = {each: read for each, read in self._followers.items() if read == self._spool.end}
+            self._spool.end += -self._spool.end % SEGMENT_BYTES
+            self._followers = dict.fromkeys(self._followers, self._spool.end)
+            self._forget()
+
     def frames(self) -> bytes:
         """What is kept."""
         with self._changed:
@@ -5436,6 +5444,7 @@ class Runner:
                 return write()
             except (Unavailable, StorageUncertain) as error:
                 log.error("run %s: %s", job.run.id, error)
+                job.log.release()  # a follower that does not read must not keep the disk full
                 time.sleep(RETRY_SECONDS)
 
     # -- to the end

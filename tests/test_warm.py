@@ -540,7 +540,8 @@ def test_a_restarted_engine(daemon: DaemonFactory) -> None:
         private.stop()
         private.start()
         assert eventually(lambda: lightrun_.request("GET", "/health").status == 200, 30)
-        assert eventually(lambda: lightrun_.run(entrypoint="echo x").get("warm"), 90, 0.5)
+        body = {**lightrun_.fields, "entrypoint": "echo x"}  # refused until lightrun has looked at the engine again, too
+        assert eventually(lambda: lightrun_.request("POST", "/run", json=body).json().get("warm"), 90, 0.5)
         lightrun_.stop()
 
 
