@@ -2074,7 +2074,10 @@ class Tree:
             yield from tar_entries(self._upload, self._request.tar)
 
     def check(self) -> None:
-        """Raises BadRequest for what no folder can hold, and for artifacts that are not there."""
+        """Raises BadRequest for what no folder can hold, and for artifacts that are not there. Of files alone the request's own
+        rules have told."""
+        if self._request.tar is None and not any(isinstance(each, Reference) for each in self._request.contents()):
+            return
         if isinstance(stdin := self._request.stdin, Reference) and [each.kind for each in self._named(stdin, "stdin")] != [
             tarfile.REGTYPE
         ]:
@@ -3427,9 +3430,11 @@ class Layout:
         """User and group that the image's program runs as."""
         if image.user in {"", "0", "root", "0:0", "root:root"}:
             return 0, 0
-        files = ("/etc/passwd", "/etc/group")
-        told = functools.partial(map, lambda path: engine.text(container, path), files)
-        return self._fact(image, "user", lambda: user_and_group(image.user, *told()))
+
+        def look() -> tuple[int, int]:
+            return user_and_group(image.user, engine.text(container, "/etc/passwd"), engine.text(container, "/etc/group"))
+
+        return self._fact(image, "user", look)
 
     def made(self, engine: Engine, container: str, image: Image, workdir: str) -> list[str]:
         """What of the way to the workdir the engine has made, since the image has it not, when it made a container with it."""
