@@ -141,12 +141,17 @@ RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 MAX_TRIES = 10  # of a step that breaks while the engine answers; the pauses between them are 16 s in all
 SLOW_SECONDS = 8  # a try that took longer counts for three
 FIRST_LOOK_SECONDS = 0.1  # after the start, and after a signal, the container is looked at; each pause is twice the last
+BRIEF_SECONDS = 1  # a run that the engine's own word on its end makes quicker by a share worth having
 REFILL_SECONDS = 0.15  # after a warm container was taken, until another is made: what takes time from a quick run
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
 COPY_SECONDS = 10  # of silence in the engine's copy of what a container that has exited printed
 QUIET_SECONDS = 2  # of silence in the output of a container that has exited
 METER_SECONDS = 0.02  # the shortest pause between two looks at the CPU time of a run that has a limit of it
 MEMORY_SLACK_BYTES = 512 * KIB  # of a cgroup's figures of memory: each CPU holds some pages in advance
+MAX_EXEC_KILLS = 4  # until it is said that a command cannot be killed
+HELD_BACK_BYTES = 64 * KIB  # of raw output, that waits for the exit code of a command that is done soon
+HELD_BACK_SECONDS = 0.25  # how long it waits
+ENVIRONMENT_PIECE = 16 * KIB  # of a command's environment, as the shim tells it
 KILL_SECONDS = 2  # after SIGKILL, until it is sent again; each pause is twice the last
 MAX_KILLS = 12  # until it is said that the container cannot be killed
 MAX_FAILED_KILLS = 2  # until a cancelled run's container is removed instead
@@ -363,6 +368,8 @@ class Settings:
     )
     queue: int = option(_integer(0, 100_000), 256, "accepted runs that may wait for a place")
     max_waiting: int = option(_integer(1, 2_000), 320, "requests that may wait or stream at a time")
+    max_exec: int = option(_integer(1, 1_000), 16, "commands that may go on in one run at a time, beside its own")
+    max_timeout: float = option(_duration(0.001), 3600.0, "longest timeout that a request may ask for", "1h")
     memory: int = option(_bytes(MIN_MEMORY_BYTES), 512 * MIB, "memory of every run", "512m")
     cpus: float = option(_cpus, 1.0, "CPUs of every run", "1")
     pids: int = option(_integer(MIN_PIDS, 4_194_304), 100, "processes and threads of every run")
@@ -439,6 +446,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
     elsewhere = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1,
                  "properties": {"base64": base64_text, "artifact": reference}}  # fmt: skip
     content = {"anyOf": [{"type": "string"}, elsewhere]}
+    longest = round(settings.max_timeout * 1000)
     fields: dict[str, dict[str, Any]] = {
         "image": {
             "type": "string", "minLength": 1, "maxLength": 300, "pattern": _REFERENCE,
@@ -481,8 +489,8 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "Absent or empty: the isolated bridge. none: no network. Else a network that --allow-network names.",
         },
         "timeout": {
-            "type": "integer", "minimum": 1, "maximum": 3_600_000, "default": 1_200_000, "unit": "milliseconds",
-            "description": "Wall time of the container in ms, from its start.",
+            "type": "integer", "minimum": 1, "maximum": longest, "default": min(DEFAULT_TIMEOUT_MS, longest),
+            "unit": "milliseconds", "description": "Wall time of the container in ms, from its start.",
         },
         "memory": _size_field(MIN_MEMORY_BYTES, settings.memory, "memory", "Memory, as bytes or 256m."),
         "cpus": {"type": "number", "minimum": 0.01, "maximum": settings.cpus, "description": "CPUs."},
@@ -516,6 +524,11 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "success: keep after exit code 0. exit: also after a failure, a timeout, a stop, out of memory.",
         },
         "detached": {"type": "boolean", "default": False, "description": "Answer 202 and run in the background."},
+        "idle": {
+            "type": "integer", "minimum": 1000, "maximum": 86_400_000, "unit": "milliseconds",
+            "description": "The run ends when no exec has gone on in it for that long. Needs detached. Without entrypoint it "
+            "does nothing but wait for them.",
+        },
         "callbackUrl": {
             "type": "string", "maxLength": 2048, "pattern": r"^[hH][tT][tT][pP][sS]?://[!-~]+$", "format": "callback-url",
             "says": "must be an http or https URL of printable ASCII without credentials",
@@ -527,6 +540,16 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
         },
     }  # fmt: skip
     return {"type": "object", "required": ["image"], "additionalProperties": False, "properties": fields}
+
+
+def exec_schema(settings: Settings) -> dict[str, Any]:
+    """The same of the body of `POST /runs/<id>/exec`, from the same table."""
+    fields = request_schema(settings)["properties"]
+    own = {"workdir": "Working directory, made when missing. Absent: that of the run.",
+           "timeout": "Wall time in ms, from the start of the command."}  # fmt: skip
+    chosen = {name: {**fields[name], **({"description": own[name]} if name in own else {})} for name in EXEC_FIELDS}
+    chosen["workdir"].pop("default")
+    return {"type": "object", "required": ["entrypoint"], "additionalProperties": False, "properties": chosen}
 
 
 def _most_file_size(settings: Settings) -> int:
@@ -669,8 +692,12 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
             yield problem(f"must have, with its name, at most {MAX_ARGUMENT_BYTES} bytes", "env", name)
     if "input" in body and "stdin" in body:
         yield problem("cannot go together with input", "stdin")
-    if "callbackUrl" in body and body.get("detached") is not True:
-        yield problem("needs detached", "callbackUrl")
+    for name in {"callbackUrl", "idle"} & body.keys():
+        if body.get("detached") is not True:
+            yield problem("needs detached", name)
+    for name in {"input", "stdin"} & body.keys():
+        if "idle" in body and "entrypoint" not in body:
+            yield problem("needs an entrypoint when there is idle", name)
     if "callbackSecret" in body and "callbackUrl" not in body:
         yield problem("needs callbackUrl", "callbackSecret")
     folders = folders_of(files, MAX_FOLDERS)
@@ -781,6 +808,8 @@ def folders_of(paths: Iterable[str], most: float = math.inf) -> set[str]:
 
 
 DEFAULT_WORKDIR = "/app"
+DEFAULT_TIMEOUT_MS = 1_200_000
+EXEC_FIELDS = ("entrypoint", "input", "stdin", "env", "workdir", "timeout", "outputLimit", "splitLogs")
 SETUP_MARK = "/.lightrun.setup"  # in a container: which setup command is at work, as far as its script came
 
 
@@ -851,6 +880,7 @@ class RunRequest:
     split_logs: bool = False
     tar: Part | None = None  # of the upload, to be unpacked in the workdir
     setup: int = 0  # commands before the entrypoint
+    idle: float | None = None  # seconds without an exec
 
     @classmethod
     def parse(cls, raw: bytes, settings: Settings, metered: bool = True, upload: Upload | None = None) -> RunRequest:
@@ -858,14 +888,36 @@ class RunRequest:
         a list refuses."""
         uploaded: dict[str, Part] = upload.files if upload else {}
         body = _checked(raw, Schema(request_schema(settings, metered), _formats(settings)), _together, uploaded)
+        request = cls._of(body, raw, settings, upload)
+        request.allowed_by(settings)
+        return request
+
+    @classmethod
+    def parse_exec(cls, raw: bytes, settings: Settings, image: str) -> RunRequest:
+        """Check the body of `POST /runs/<id>/exec`, for a run of that image. Raises BadRequest."""
+
+        def rules(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
+            return (each for each in _together(body, bad) if each["path"][0] in EXEC_FIELDS)
+
+        body = _checked(raw, Schema(exec_schema(settings), _formats(settings)), rules)
+        request = cls._of({"image": image, **body}, raw, settings)
+        return request if "workdir" in body else dataclasses.replace(request, workdir=None)
+
+    @classmethod
+    def _of(cls, body: dict[str, Any], raw: bytes, settings: Settings, upload: Upload | None = None) -> RunRequest:
+        """What a checked body says."""
+        uploaded: dict[str, Part] = upload.files if upload else {}
         entrypoint, setup = body.get("entrypoint"), body.get("setup", [])
         if isinstance(entrypoint, str):
             entrypoint = ["sh", "-c", shell_script(setup, entrypoint)]
         stdin = as_written(raw, "input") if "input" in body else body.get("stdin")
         files = {path: uploaded.get(path) or _content(value) for path, value in body.get("files", {}).items()}
         tar = upload.tar if upload else None
-        own = entrypoint is None and "workdir" not in body and not files and tar is None
-        request = cls(
+        own, waits = entrypoint is None and "workdir" not in body and not files and tar is None, False
+        if entrypoint is None and "idle" in body:
+            entrypoint, waits = [SHIM], True
+        longest = round(settings.max_timeout * 1000)
+        return cls(
             image=body["image"],
             reference=normalise_image(body["image"]),
             files=files,
@@ -874,7 +926,7 @@ class RunRequest:
             env=body.get("env", {}),
             workdir=None if own else clean_path(body.get("workdir", DEFAULT_WORKDIR)),
             network=body.get("network") or None,
-            timeout=body.get("timeout", 1_200_000) / 1000,
+            timeout=body.get("timeout", longest if waits else min(DEFAULT_TIMEOUT_MS, longest)) / 1000,
             memory=_size(body.get("memory", settings.memory)),
             cpus=body.get("cpus", settings.cpus),
             pids=int(body.get("pids", settings.pids)),
@@ -889,9 +941,13 @@ class RunRequest:
             split_logs=body.get("splitLogs", False),
             tar=tar,
             setup=len(setup),
+            idle=body["idle"] / 1000 if "idle" in body else None,
         )
-        request.allowed_by(settings)
-        return request
+
+    @property
+    def waits(self) -> bool:
+        """Whether the run does nothing but wait for execs."""
+        return self.command == [SHIM]
 
     def allowed_by(self, settings: Settings) -> None:
         """Raises NotAllowed when one of the operator's lists or limits refuses this request."""
@@ -899,6 +955,8 @@ class RunRequest:
             limit, asked = getattr(settings, name), getattr(self, name)
             if None not in {limit, asked} and asked > limit:
                 raise NotAllowed(f"{name} is over the limit of today")
+        if self.timeout > settings.max_timeout:
+            raise NotAllowed("timeout is over the limit of today")
         if settings.allow_image and not matches_any(self.reference, settings.allow_image):
             raise NotAllowed(f"image {self.reference} is not one that --allow-image names")
         if self.network not in {None, "none"} and not matches_any(str(self.network), settings.allow_network):
@@ -933,7 +991,9 @@ class RunRequest:
             return cls.parse(to_json({"image": image}), BOUNDLESS)
 
 
-BOUNDLESS = Settings(memory=1 << 50, cpus=1e6, pids=1 << 22, allow_network=("*",), callback_allow=("*", "169.254.*", "fe80*"))
+BOUNDLESS = Settings(
+    memory=1 << 50, cpus=1e6, max_timeout=86_400, pids=1 << 22, allow_network=("*",), callback_allow=("*", "169.254.*", "fe80*"),
+)  # fmt: skip
 Rules = Callable[[dict[str, Any], set[Any]], Iterable[dict[str, Any]]]
 
 
@@ -1147,9 +1207,10 @@ def is_link_local(host: str) -> bool:
 # Run: the record of a run
 # --------------------------------------------------------------------------------------------------------------------
 
-EXTRACTED = ["exited", "stopped", "timeout", "cpu_limit", "output_limit", "oom"]  # with `extractOn: exit`
+EXTRACTED = ["exited", "stopped", "idle", "timeout", "cpu_limit", "output_limit", "oom"]  # with `extractOn: exit`
 REASONS = [*EXTRACTED, "cancelled", "interrupted", "pull_failed", "start_failed", "lost", "engine_error"]
 STDIN_BROKE = "the connection that carried its stdin broke; it may have taken that for the end of its input"
+EXEC_REASONS = ["exited", "timeout", "output_limit", "cancelled", "run_ended", "engine_error"]
 PHASES = {"queued": "queue", "pulling": "pull", "starting": "start", "running": "run", "extracting": "extract"}
 
 
@@ -1200,6 +1261,8 @@ class Run:
             return "running"
         if self.reason in {"exited", "stopped"}:
             return "succeeded" if self.exit_code == 0 else "failed"
+        if self.reason == "idle":
+            return "succeeded"
         return "cancelled" if self.reason == "cancelled" or (self.reason == "interrupted" and self.waited) else "failed"
 
     def head(self) -> dict[str, Any]:
@@ -1290,6 +1353,13 @@ CREATE TABLE kept AS  -- one row, part of every transaction that changes it
 """,
     "ALTER TABLE runs ADD COLUMN meter TEXT;  -- JSON of Slot.begin(): what was counted before its container started\n",
     "ALTER TABLE runs ADD COLUMN warm TEXT;  -- JSON of HandOut: the warm container that its program may have begun in\n",
+    """
+CREATE TABLE execs (  -- those that go on: what the next daemon needs to end them, since nobody waits for them any more
+    id TEXT PRIMARY KEY,  -- the engine's
+    run TEXT NOT NULL,
+    pid INTEGER NOT NULL  -- in the run's container
+) WITHOUT ROWID;
+""",
 )
 
 
@@ -1477,6 +1547,20 @@ class Store:
         """Record that the run's stdin was written whole."""
         with self._transaction(durable=False) as execute:
             execute("UPDATE runs SET fed = 1 WHERE id = ?", run_id)
+
+    def begin_exec(self, exec_id: str, run_id: str, pid: int) -> None:
+        """Record that a command is about to begin in a run's container."""
+        with self._transaction(durable=False) as execute:
+            execute("INSERT INTO execs VALUES (?, ?, ?)", exec_id, run_id, pid)
+
+    def end_exec(self, exec_id: str) -> None:
+        """Record that there is nothing left of it to end."""
+        with self._transaction(durable=False) as execute:
+            execute("DELETE FROM execs WHERE id = ?", exec_id)
+
+    def execs(self) -> list[tuple[str, str, int]]:
+        """id, run and pid of those that an earlier daemon left."""
+        return self._all("SELECT id, run, pid FROM execs")
 
     def ask(self, run_id: str, recorded: Callable[[str | None], str]) -> None:
         """Record what is asked of an unfinished run; `recorded` makes it of what was asked before."""
@@ -1819,6 +1903,11 @@ class Log:
     def cut(self) -> bool:
         """Whether what was fed ends within a frame or is garbled, so that some is missing if no more comes."""
         return self._reader.cut
+
+    def taken(self) -> int:
+        """Bytes of both streams so far."""
+        with self._changed:
+            return sum(self._taken.values())
 
     def feed(self, data: bytes) -> None:
         """Take a piece of the output, cut anywhere. What can't be understood is dropped, and `truncated` says so."""
@@ -2613,6 +2702,7 @@ class Wire:
         self._began = time.monotonic()
         self._buffer = bytearray()
         self._ended = False
+        self._lock = threading.Lock()  # held by each call of the socket, none of which waits: TLS takes one at a time
         self.stream(seconds)
 
     def stream(self, silence: float) -> None:
@@ -2669,12 +2759,17 @@ class Wire:
         """Send all of it."""
         rest = memoryview(data)
         while rest:
-            rest = rest[self._persist(functools.partial(self._sock.send, rest[:COPY_BYTES])) :]
+            rest = rest[self._persist(functools.partial(self._send, rest[:COPY_BYTES])) :]
+
+    def _send(self, data: memoryview) -> int:
+        with self._lock:
+            return self._sock.send(data)
 
     def _receive(self) -> bool:
         """Take what has come, if anything has."""
         try:
-            data = self._sock.recv(READ_BYTES)
+            with self._lock:
+                data = self._sock.recv(READ_BYTES)
         except (BlockingIOError, ssl.SSLWantReadError):
             return False
         self._buffer += data
@@ -2848,6 +2943,16 @@ class Reply:
         with contextlib.closing(self):
             while piece := self.read1(READ_BYTES):
                 yield piece
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """The body as lines of JSON, each when it has come. Raises EngineAbsent."""
+        rest = b""
+        for piece in self.pieces():
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in filter(bytes.strip, lines):
+                with asked_to("go on with its answer"):
+                    event = dict(json.loads(line))
+                yield event
 
     def close(self) -> None:
         """Let the connection go; an engine keeps a container busy with one that is forgotten."""
@@ -3098,16 +3203,11 @@ class Engine:
                 "POST", "/images/create", query={"fromImage": repository, "tag": tag}, seconds=seconds,
                 headers={"X-Registry-Auth": credentials} if credentials else {},
             )  # fmt: skip
-        rest = b""
         with contextlib.closing(reply.streamed(seconds)):
-            for piece in reply.pieces():
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in filter(bytes.strip, lines):
-                    with asked_to("pull the image"):
-                        event = dict(json.loads(line))
-                    if "error" in event:
-                        raise EngineError(f"the engine cannot pull the image: {event['error']}")
-                    yield event
+            for event in reply.events():
+                if "error" in event:
+                    raise EngineError(f"the engine cannot pull the image: {event['error']}")
+                yield event
 
     def _network_mode(self, name: str | None) -> str:
         """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
@@ -3159,7 +3259,7 @@ class Engine:
             "Env": [f"{name}={value}" for name, value in request.env.items()],
             "WorkingDir": request.workdir or "",
             "Labels": {LABEL_STATE: self._state_id, LABEL_RUN: run_id},
-            "OpenStdin": request.stdin is not None,
+            "OpenStdin": request.stdin is not None or request.waits,  # a shim waits for what nobody sends
             "StdinOnce": request.stdin is not None,
             "Healthcheck": {"Test": ["NONE"]},  # an image's own would run beside the run
             "HostConfig": self._host_config(request) | ({"CgroupParent": parent} if parent else {}),
@@ -3196,7 +3296,7 @@ class Engine:
 
     @asked_to("put the files")
     def put(self, container: str, tar: Iterator[bytes]) -> None:
-        """Unpack a tar at the root of a container that has not been started; no folder takes a file's place, nor the other way
+        """Unpack a tar at the root of a container; no folder takes a file's place, nor the other way
         round."""
         path, query = f"/containers/{container}/archive", {"path": "/", "noOverwriteDirNonDir": 1}
         self._call("PUT", path, query=query, body=tar, headers={"Content-Type": TAR}).nothing()
@@ -3281,10 +3381,11 @@ class Engine:
         """Whether it is spoken to over a Unix socket."""
         return self._address.path is not None
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is spoken to without TLS, so that two threads may use one connection."""
-        return self._address.tls is None
+    def machine(self) -> Machine | None:
+        """What the shim is made for; None on an architecture without one."""
+        if not (architecture := self.about().get("Architecture")):
+            raise EngineAbsent("the engine does not tell its architecture")
+        return MACHINES.get(architecture)
 
     @asked_to("start the container")
     def start(self, container: str) -> None:
@@ -3331,6 +3432,30 @@ class Engine:
             return False
         return True
 
+    @asked_to("run a command in the container")
+    def run_command(
+        self, container: str, argv: Sequence[str], env: Mapping[str, str], workdir: str | None = None
+    ) -> tuple[str, Reply]:
+        """Start a command in a running container: its id, and one stream of its stdin and of its output as frames."""
+        config: dict[str, Any] = {"Cmd": [*argv], "Env": [f"{name}={value}" for name, value in env.items()]}
+        config |= {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
+        config |= {"WorkingDir": workdir} if workdir else {}
+        exec_id = str(self._call("POST", f"/containers/{container}/exec", 201, body=config).json()["Id"])
+        reply = self._call("POST", f"/exec/{exec_id}/start", body={"Detach": False, "Tty": False}).streamed()
+        if not reply.header("Content-Type").startswith("application/vnd.docker."):
+            reply.close()
+            raise ValueError("not a stream")
+        return exec_id, reply
+
+    @asked_to("look at the command")
+    def exit_of(self, exec_id: str) -> int | None:
+        """The exit code of a command that was started; None while it goes on."""
+        about = self._call("GET", f"/exec/{exec_id}/json").json()
+        running, code = about["Running"], about["ExitCode"]
+        if not isinstance(running, bool) or not (running or isinstance(code, int)):
+            raise ValueError("not a state")
+        return None if running else code
+
     @asked_to("tell its events")
     def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
         """Whether the engine sent the container a signal between two times of its own clock; it remembers its last events."""
@@ -3339,8 +3464,18 @@ class Engine:
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
         reply = self._call("GET", "/events", query=query).streamed(COPY_SECONDS)
         reply.wire.patience = None  # it may be `until` that is waited for
-        events = b"".join(reply.pieces()).splitlines()
-        return any(json.loads(event)["Actor"]["Attributes"]["signal"] == number for event in events)
+        return any(event["Actor"]["Attributes"]["signal"] == number for event in reply.events())
+
+    def deaths(self) -> Iterator[tuple[str, int, float]]:
+        """Name, exit code and time (Unix seconds of the engine's clock) of each of our containers that exits from now on."""
+        filters = json.dumps({"event": ["die"], "label": [f"{LABEL_STATE}={self._state_id}"]})
+        with asked_to("tell its events"):
+            reply = self._call("GET", "/events", query={"filters": filters}).streamed()
+        for event in reply.events():
+            with asked_to("tell its events"):
+                about = event["Actor"]["Attributes"]
+                death = str(about["name"]), int(about["exitCode"]), int(event["timeNano"]) / 1e9
+            yield death
 
     @asked_to("copy out")
     def archive(self, container: str, path: str) -> tuple[Reply, int]:
@@ -3534,6 +3669,7 @@ class Slot:
         self._now, self._most = (memory / name for name in names)
         self._opened = contextlib.ExitStack()
         self._peak: IO[str] | None = None  # through which the peak was reset: version 2 does that for one descriptor only
+        self._bell_lock, self._rung = threading.Lock(), 0  # guards what has rung so far
         self._bell, self._own = -1, memory  # rings for each such kill, and once when the container's own cgroup goes
 
     def begin(self, again: bool = False) -> str:
@@ -3564,8 +3700,9 @@ class Slot:
 
     def end(self) -> None:
         """Let go of what was opened."""
-        self._opened.close()
-        self._peak, self._bell = None, -1
+        with self._bell_lock:
+            self._opened.close()
+            self._peak, self._bell, self._rung = None, -1, 0
 
     def _made(self) -> int | None:
         """What tells this folder from one that was here before under its name."""
@@ -3608,15 +3745,27 @@ class Slot:
 
     def oom_killed(self, limit: int) -> bool:
         """Whether the kernel has killed something of a run with this limit (bytes) for want of memory, as far as it tells."""
+        return not self.spared(limit) and bool(self.kills())
+
+    def spared(self, limit: int) -> bool:
+        """Whether it is certain, and quickly told, that nothing was."""
         if self._v2:
-            return bool(self._since("oom", self._oom_kills()))
-        peak, rings, poll = self.memory_peak(), 0, select.poll()
-        if self._bell < 0 or (peak is not None and peak < limit - MEMORY_SLACK_BYTES):
-            return False
-        poll.register(self._bell, select.POLLIN)
-        while poll.poll(0 if self._own.exists() or not rings else FIRST_LOOK_SECONDS * 1000):
-            rings += os.eventfd_read(self._bell)
-        return rings > (not self._own.exists())
+            return self.kills() == 0
+        peak = self.memory_peak()
+        return peak is not None and peak < limit - MEMORY_SLACK_BYTES
+
+    def kills(self) -> int | None:
+        """How often it has, or on version 1 has been about to; None when that cannot be seen."""
+        if self._v2:
+            return self._since("oom", self._oom_kills())
+        with self._bell_lock:
+            if self._bell < 0:
+                return None
+            poll = select.poll()
+            poll.register(self._bell, select.POLLIN)
+            while poll.poll(0 if self._own.exists() or not self._rung else FIRST_LOOK_SECONDS * 1000):
+                self._rung += os.eventfd_read(self._bell)
+            return max(0, self._rung - (not self._own.exists()))
 
     def usage(self) -> dict[str, int]:
         """`cpuMs` and `memoryPeakBytes`, each if it can be had."""
@@ -3734,6 +3883,7 @@ class Slots:
 # and nothing when it gives up.
 
 SHIM = "/.lightrun"  # where it lies in a container, until it is handed out
+NO_SHIM = "lightrun has no shim for the architecture of this engine"
 SHIM_BASE, SHIM_ROOM = 0x20000000, 4 * MIB  # where it puts a frame, and the room there
 SHIM_PIECE = MIB  # of a file, in one call
 SHIM_GAVE_UP = 125  # its exit code
@@ -3756,7 +3906,7 @@ class Machine:
 
 _CALLS = (
     "read", "write", "close", "openat", "mkdirat", "unlinkat", "symlinkat", "linkat", "fchmodat", "utimensat", "dup3", "pipe2",
-    "fcntl", "chdir", "umask", "execve", "exit_group",
+    "fcntl", "chdir", "umask", "execve", "exit_group", "readlinkat", "kill",
 )  # fmt: skip
 MACHINES = {
     "x86_64": Machine(
@@ -3802,7 +3952,7 @@ fail:   mov     edi, 125                # with this exit code
         "41bc000000204889e6ba08000000e84e0000004c89e6488b1424e8420000004c89e3488b034885c078dc488b7b08488b7310488b53184c"
         "8b53204c8b43284c8b4b300f05483b43387c1d4883c340ebd231ff31c00f054885c07e0c4801c64829c24885d275eac3bf7d000000b8e7"
         "0000000f05",
-        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 266, 265, 268, 280, 292, 293, 72, 80, 95, 59, 231), strict=True)),
+        dict(zip(_CALLS, (0, 1, 3, 257, 258, 263, 266, 265, 268, 280, 292, 293, 72, 80, 95, 59, 231, 267, 62), strict=True)),
     ),
     "aarch64": Machine(
         183,
@@ -3842,7 +3992,7 @@ fail:   mov     x0, #125                // with this exit code
         "1400a4d2e1030091020180d217000094e10314aae20340f914000094f30314aa680240f908ffffb7608640a9628e41a9649642a9010000"
         "d4691e40f91f0009eb8b01005473020191f6ffff17000080d2e80780d2010000d41f0000f1ad0000542100008b420000cb22ffffb5c003"
         "5fd6a00f80d2c80b80d2010000d4",
-        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 36, 37, 53, 88, 24, 59, 25, 49, 166, 221, 94), strict=True)),
+        dict(zip(_CALLS, (63, 64, 57, 56, 34, 35, 36, 37, 53, 88, 24, 59, 25, 49, 166, 221, 94, 78, 129), strict=True)),
     ),
 }
 
@@ -3883,16 +4033,38 @@ def shim_frame(machine: Machine, calls: Iterable[tuple[Any, ...]]) -> bytes:
     return struct.pack("<Q", len(frame)) + frame
 
 
+# What a run that only waits is given on stdin in a warm container: the shim, as its program, calls ppoll(2) without an end. That
+# is 73 on aarch64; on x86-64, where 73 is flock(2) and fails, 271.
+WAIT_FRAME = shim_frame(
+    dataclasses.replace(MACHINES["x86_64"], calls={"aarch64": 73, "x86_64": 271}),
+    [("aarch64", ANY_RESULT, 0, 0, 0, 0), ("x86_64", ANY_RESULT, 0, 0, 0, 0)],
+)
+
+
+def shim_entry(machine: Machine) -> Entry:
+    """The shim in its place."""
+    program = shim(machine)
+    return Entry(SHIM[1:], content=program, size=len(program))
+
+
+def put_shim(engine: Engine, container: str) -> None:
+    """Put the shim into a container, running or not. Raises RunEnds, EngineError."""
+    if (machine := engine.machine()) is None:
+        raise RunEnds("start_failed", f"{NO_SHIM}: a run with idle needs an entrypoint")
+    engine.put(container, put_tar([shim_entry(machine)], (0, 0), lambda _: iter([shim(machine)]), time.time()))
+
+
 def _c(text: str) -> bytes:
     return text.encode(errors="surrogateescape") + b"\0"
 
 
 def hand_out_frames(
     machine: Machine, planned: Iterable[Entry], pieces: Callable[[Content], Iterator[bytes]], workdir: str, stdin: Content | None,
-    argv: Sequence[str], environment: list[str],
+    argv: Sequence[str], environment: list[str], stays: bool,
 ) -> Iterator[bytes]:  # fmt: skip
     """What makes the shim this run's program: what a Layout has planned, and what the engine's init would do, with
-    execvp(3). A program that cannot be run is left to that init, which says so. Raises ValueError."""
+    execvp(3). A program that cannot be run is left to that init, which says so. `stays`: its file is needed again. Raises
+    ValueError."""
     calls: list[tuple[Any, ...]] = [("umask", 0, 0)]
     size, folders = 0, list[Entry]()
     for entry in planned:
@@ -3930,9 +4102,10 @@ def hand_out_frames(
     elif isinstance(stdin, bytes) and is_fed_before(stdin):  # into a pipe, read from by 3: it holds all, or the shim gives up
         calls += [("pipe2", 0, bytes(8), os.O_NONBLOCK), ("write", len(stdin), 4, stdin, len(stdin))]
         calls += [("close", 0, 4), ("fcntl", 0, 3, fcntl.F_SETFL, 0), ("dup3", 0, 3, 0, 0), ("close", 0, 3)]
-    calls += [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0), ("write", len(HANDED_OUT), 1, HANDED_OUT, len(HANDED_OUT))]
+    calls += [] if stays else [("unlinkat", ANY_RESULT, AT_FDCWD, _c(SHIM), 0)]
+    calls.append(("write", len(HANDED_OUT), 1, HANDED_OUT, len(HANDED_OUT)))
     arguments, variables = list(map(_c, argv)), list(map(_c, environment))
-    search = next(variable[5:] for variable in environment if variable.startswith("PATH="))
+    search = next((variable[5:] for variable in environment if variable.startswith("PATH=")), DEFAULT_PATH)
     places = [argv[0]] if "/" in argv[0] else [f"{folder or '.'}/{argv[0]}" for folder in search.split(":")]
     init = "/sbin/docker-init"
     calls += [("execve", ANY_RESULT, _c(place), arguments, variables) for place in places]
@@ -3988,7 +4161,8 @@ class HandOut:
 @dataclasses.dataclass(eq=False)
 class Warm:
     """A warm container. `started`: when its start was sent and answered (monotonic), and when it was by the engine's clock;
-    `clock`: our clock at the monotonic zero."""
+    `clock`: our clock at the monotonic zero. The copy is asked for before the run, since an engine makes whoever asks wait when
+    a container has exited, until its network is gone."""
 
     id: str
     container: str
@@ -3997,6 +4171,7 @@ class Warm:
     home: str
     slot: Slot | None
     output: Reply
+    copy: Reply  # the engine's copy of it, from its beginning
     started: tuple[float, float, float]
     clock: float = dataclasses.field(default_factory=lambda: time.time() - time.monotonic())
 
@@ -4007,6 +4182,49 @@ class Warm:
             return not self.output.wire.ready(-1, 0) and abs(time.time() - time.monotonic() - self.clock) < 1
         except OSError:
             return False
+
+    def close(self) -> None:
+        """Let go of its streams; that ends it."""
+        self.output.close()
+        self.copy.close()
+
+
+class Deaths:
+    """What the engine's events tell of the ends of containers that somebody expects. It need not come: then the container is
+    looked at, and an engine answers no question about one that has exited until its network is gone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._lock = threading.Lock()  # guards _told
+        self._told: dict[str, tuple[int, float] | None] = {}  # exit code, and when by the engine's clock
+
+    def start(self) -> None:
+        """Begin to listen."""
+        threading.Thread(target=self._listen, name="deaths", daemon=True).start()
+
+    def expect(self, container: str) -> None:
+        """Somebody will ask for the end of this container, by its name."""
+        with self._lock:
+            self._told[container] = None
+
+    def forget(self, container: str) -> None:
+        """Nobody asks any more."""
+        with self._lock:
+            self._told.pop(container, None)
+
+    def of(self, container: str) -> tuple[int, float] | None:
+        """Exit code and time of an end that was told."""
+        with self._lock:
+            return self._told.get(container)
+
+    def _listen(self) -> None:
+        while True:
+            with contextlib.suppress(EngineError):
+                for container, exit_code, at in self._engine.deaths():
+                    with self._lock:
+                        if container in self._told:
+                            self._told[container] = exit_code, at
+            time.sleep(RETRY_SECONDS)
 
 
 MISSES = ("image", "network", "limits", "user", "command", "environment", "stdin", "empty", "failed")
@@ -4045,8 +4263,7 @@ class Pools:
 
     def start(self) -> None:
         """Begin to fill."""
-        if self._pools:
-            self._thread.start()
+        self._thread.start()
 
     def knows(self, warm_id: str) -> bool:
         """Whether this is not a run's id but a warm container's, and that is not to be removed."""
@@ -4106,8 +4323,9 @@ class Pools:
         argv, last = request.command or warm.image.command, b""
         try:
             for frame in hand_out_frames(
-                self._machine, planned, pieces, request.workdir or "/", request.stdin, argv, environment
-            ):
+                self._machine, planned, pieces, request.workdir or "/", WAIT_FRAME if request.waits else request.stdin, argv,
+                environment, request.waits,
+            ):  # fmt: skip
                 warm.output.wire.send(last)
                 last = frame
             record()
@@ -4119,7 +4337,7 @@ class Pools:
 
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
-        warm.output.close()
+        warm.close()
         self._drop(warm.id, warm.slot)
 
     def _drop(self, warm_id: str, slot: Slot | None) -> None:
@@ -4143,7 +4361,7 @@ class Pools:
             if time.monotonic() < deadline:
                 self.discard(warm)
             else:
-                warm.output.close()
+                warm.close()
         if self._thread.is_alive():
             self._thread.join(max(0.0, deadline - time.monotonic()))  # which has one in the making, perhaps
 
@@ -4151,11 +4369,9 @@ class Pools:
         pause = RETRY_SECONDS
         while not self._ending.is_set():
             try:
-                if not (architecture := self._engine.about().get("Architecture")):
-                    raise EngineAbsent("the engine does not tell its architecture")
-                self._machine = MACHINES.get(architecture) if self._engine.plain else None
+                self._machine = self._engine.machine()
                 if self._machine is None:
-                    log.warning("--warm: runs start cold: no shim for %s, or an engine behind TLS", architecture)
+                    log.warning("--warm: runs start cold: %s", NO_SHIM)
                     return
                 missing = [pool.image for pool in self._pools if not self._tend(pool)]
             except (EngineError, OSError) as error:
@@ -4237,21 +4453,21 @@ class Pools:
 
     def _make(self, pool: Pool, image: Image, home: str) -> Warm:
         """create, put, attach, start: a container whose program is the shim."""
-        assert self._machine
-        run_id, slot, wire = str(uuid.uuid4()), self._slots.take(), None
+        machine = self._machine
+        assert machine
+        run_id, slot, opened = str(uuid.uuid4()), self._slots.take(), contextlib.ExitStack()
         with self._lock:
             self._ids.add(run_id)
         try:
             container = self._engine.create(run_id, image, pool.request, slot.parent if slot else "")
-            program = shim(self._machine)
-            placed = [Entry(SHIM[1:], content=program, size=len(program))]
+            placed = [shim_entry(machine)]
             stands = self._layout.standing(self._engine, container, image, DEFAULT_WORKDIR)
             if not image.root and stands is Standing.NOTHING:
                 placed.append(Entry(DEFAULT_WORKDIR[1:], tarfile.DIRTYPE))
                 self._roomy.add(image.id)
             owner = self._layout.owner(self._engine, container, image)
-            self._engine.put(container, put_tar(placed, owner, lambda _: iter([program]), time.time()))
-            wire = self._engine.attach_whole(container)
+            self._engine.put(container, put_tar(placed, owner, lambda _: iter([shim(machine)]), time.time()))
+            output = opened.enter_context(contextlib.closing(self._engine.attach_whole(container)))
             if slot:
                 slot.begin()
             sent = time.monotonic()
@@ -4259,10 +4475,11 @@ class Pools:
             answered, state = time.monotonic(), self._engine.inspect(container)
             if not state.running or state.started is None:
                 raise EngineError("a warm container has ended before it was used")
-            return Warm(run_id, container, pool, image, home, slot, wire, (sent, answered, state.started))
+            copy = opened.enter_context(contextlib.closing(self._engine.kept_output(container, follow=True)))
+            opened.pop_all()
+            return Warm(run_id, container, pool, image, home, slot, output, copy, (sent, answered, state.started))
         except BaseException:
-            if wire:
-                wire.close()
+            opened.close()
             self._drop(run_id, slot)
             raise
 
@@ -4566,7 +4783,7 @@ class Ask:
     @property
     def rank(self) -> int:
         """A limit that was passed overrides a stop, as a later stop does, and a cancel both; nothing overrides a cancel."""
-        return {"stopped": 0, "cpu_limit": 1, "output_limit": 1}.get(self.reason, 2)
+        return {"stopped": 0, "idle": 0, "cpu_limit": 1, "output_limit": 1}.get(self.reason, 2)
 
     @property
     def drops(self) -> bool:
@@ -4674,6 +4891,7 @@ class Job:
         self.shift = 0.0  # seconds from the engine's clock to the run's
         self.hearing = Hearing.NOTHING
         self.output: Reply | None = None
+        self.copy: Reply | None = None  # the engine's, of the output of a warm container, opened before the run
         self.listen_at, self.deaf_seconds = 0.0, FIRST_LOOK_SECONDS  # when the engine's copy is tried again, and the pause after
         self.failures = 0  # of the step that is tried, since something of it went well
         self.in_doubt = False  # the container may have ended while no engine took its output
@@ -4683,7 +4901,10 @@ class Job:
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
         self.asked: Ask | None = None
-        self._lock = threading.Lock()  # guards asked
+        self.execs = 0  # commands that go on in it
+        self.quiet_since = math.inf  # monotonic: since when there is none
+        self.shim_lock, self.has_shim = threading.Lock(), request.waits  # held while it is put into its container; it is there
+        self._lock = threading.Lock()  # guards asked, execs and quiet_since
         self._born = self._entered = time.monotonic()
         self.patience = Patience(HURRY_SECONDS)
 
@@ -4711,6 +4932,36 @@ class Job:
                 return
             self.asked = ask
         self.patience.ring(hurry=ask.drops or not self.begun)
+
+    def admit(self, most: int) -> None:
+        """A command is to go on in it, of so many at a time. Raises Conflict, Unavailable."""
+        with self._lock:
+            if self.run.phase != "running" or self.done.is_set() or (self.asked and self.asked.reason != "stopped"):
+                raise Conflict("the run is not running", "not_running")
+            if self.execs >= most:
+                raise Unavailable("busy", f"{most} commands go on in the run, as many as --max-exec allows")
+            self.execs += 1
+
+    def dismiss(self) -> None:
+        """It has ended."""
+        with self._lock:
+            self.execs, self.quiet_since = self.execs - 1, time.monotonic()
+        self.patience.ring()
+
+    def idle_at(self) -> float:
+        """When (monotonic) it has been idle for too long, if no command comes."""
+        with self._lock:
+            return math.inf if self.request.idle is None or self.execs else self.quiet_since + self.request.idle
+
+    def is_forgotten(self) -> bool:
+        """Whether that is so, and nothing else is asked of it: it is to end then."""
+        if time.monotonic() < self.idle_at():
+            return False
+        with self._lock:
+            if self.asked or self.execs:
+                return False
+            self.asked = Ask("idle", "SIGTERM")
+            return True
 
     def pieces(self, content: Content) -> Iterator[bytes]:
         """Content that goes into the container, piece by piece. Raises RunEnds."""
@@ -4762,9 +5013,9 @@ class Job:
 
     def close_streams(self) -> None:
         """Let go of the output, and of stdin: an engine leaves whoever feeds it waiting when the container has ended."""
-        if self.output:
-            self.output.close()
-            self.output = None
+        for stream in filter(None, (self.output, self.copy)):
+            stream.close()
+        self.output = self.copy = None
         if self.stdin:
             self.stdin.wire.shut()
 
@@ -4944,6 +5195,7 @@ class Runner:
         self._pulls = Pulls(engine, settings.pull_timeout)
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
+        self._deaths = Deaths(engine)
         self.pools = Pools(settings, engine, self._layout, self.slots, self._is_busy, self._keeper.tidy_up)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
@@ -5049,7 +5301,9 @@ class Runner:
                 self._places.at_once(job)
         self.slots.sweep()
         self._keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self._places.hire)
-        self.pools.start()
+        if self._settings.warm:
+            self.pools.start()
+            self._deaths.start()
 
     def _refusal(self, job: Job, packed: bytes | None) -> Ask | None:
         """Why a run that was taken up must not go on: nobody waits for it any more, or it has not begun and today's limits
@@ -5148,6 +5402,7 @@ class Runner:
         removed = self.slots.vacate(job.slot, job.container)
         if job.hand_out:
             self.pools.forget(job.hand_out.warm)
+            self._deaths.forget(job.container)
         if not removed:
             self._keeper.tidy_up()
 
@@ -5247,12 +5502,14 @@ class Runner:
         self._feed(job)
 
     def _put(self, job: Job, engine: Engine, image: Image) -> None:
-        """Put the run's tree into its container."""
+        """Put the run's tree into its container, and the shim if that is its program."""
         owner = self._layout.owner(engine, job.container, image)
         made = self._layout.made(engine, job.container, image, job.request.workdir or "")
         planned = self._plan(job, engine, job.container, image, made)
         if [entry for entry in planned if owner != (0, 0) or not entry.is_folder or entry.modified is not None]:
             engine.put(job.container, put_tar(planned, owner, job.pieces, time.time()))
+        if job.request.waits:  # last: what the engine has added to the image by itself was asked before
+            put_shim(engine, job.container)
 
     def _plan(self, job: Job, engine: Engine, container: str, image: Image, made: Sequence[str]) -> list[Entry]:
         """What is to be put for the run's tree, beside what the engine has made. Raises RunEnds."""
@@ -5278,11 +5535,12 @@ class Runner:
         job.shift, sent = _shift(started, started, earliest + now, latest + now), job.now()
         job.give_to(HandOut(warm.id, sent - job.shift))
         assert job.hand_out
-        job.slot, job.touched = warm.slot, True
+        job.slot, job.touched, job.copy = warm.slot, True, warm.copy
+        self._deaths.expect(job.container)
         job.hear(Hearing.LIVE, warm.output)
         job.stdin = None if job.fed else warm.output
         if not self._became(job, warm, planned):
-            warm.output.close()
+            job.close_streams()
             self.pools.count("failed")
             return self._has_started(job, engine)
         self.pools.count("hit")
@@ -5314,7 +5572,7 @@ class Runner:
             job.begun = True
 
         wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
-        wire.patience = job.patience
+        wire.patience = warm.copy.wire.patience = job.patience
         whole = self.pools.hand_out(warm, job.request, planned, job.pieces, record)
         if warm.slot:
             warm.slot.started()
@@ -5458,6 +5716,7 @@ class Runner:
         """Read to the end of the output and of the container, send the signals that fall due, and look at the container now
         and then: nothing here trusts a stream to come to its end."""
         if job.run.phase != "running":
+            job.quiet_since = time.monotonic()
             job.enter("running")
         pause = FIRST_LOOK_SECONDS
         look_at = time.monotonic() + (pause if job.starting else 0)
@@ -5468,7 +5727,7 @@ class Runner:
                 self._kill(job, engine)
                 pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
             if time.monotonic() >= look_at or job.hearing is Hearing.ENDED:
-                state = self._look(job, engine)
+                state = self._told(job) or self._look(job, engine)
                 if not state.running:
                     return self._hear_out(job, engine, state)
                 self._starve(job)
@@ -5479,16 +5738,18 @@ class Runner:
                 if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited
                     self._lose(job)
             waits = job.output is None
-            self._listen(job, engine, min(look_at, job.killing.at, job.meter_at) - time.monotonic())
+            self._listen(job, engine, min(look_at, job.killing.at, job.meter_at, job.idle_at()) - time.monotonic())
             if waits:
                 look_at = time.monotonic()
             elif job.starved is not None:
                 look_at = min(look_at, time.monotonic() + FIRST_LOOK_SECONDS)
 
     def _enforce(self, job: Job) -> None:
-        """Have a run killed that has passed its CPU time or the bound of its output."""
+        """End a run that has passed its CPU time or the bound of its output, or in which nothing happens any more."""
         if job.log.full:
             job.ask(Ask("output_limit"))
+        if job.is_forgotten() and (ask := job.asked):
+            self._insist(job, lambda: self._store.ask(job.run.id, ask.recorded))
         if job.request.cpu_time is not None and time.monotonic() >= job.meter_at:
             used = job.slot.cpu_time() if job.slot else None
             left = math.inf if used is None else job.request.cpu_time - used / 1e9
@@ -5524,6 +5785,16 @@ class Runner:
         job.failures = 0
         return state
 
+    def _told(self, job: Job) -> ContainerState | None:
+        """The end of a brief warm run of which all was heard, if the engine's events have told it, and nothing else is to be
+        asked: nobody wanted it to end, and nothing of it was killed for want of memory."""
+        end = self._deaths.of(job.container) if job.hand_out and job.hearing is Hearing.ENDED else None
+        if not (end and job.hand_out and job.starting) or end[1] > job.hand_out.at + BRIEF_SECONDS:
+            return None
+        if job.asked or job.killing.tries or job.in_doubt or job.slot is None or not job.slot.spared(job.request.memory):
+            return None
+        return ContainerState(job.run.image_id or "", "", False, job.hand_out.at, end[1], end[0], False, end[1])
+
     @staticmethod
     def _note_start(job: Job, state: ContainerState, started: float) -> None:
         """Take the container's start over into the run's clock, whatever the engine's says; and the deadline of a run that we
@@ -5556,8 +5827,14 @@ class Runner:
             return False
         if data:
             job.log.feed(data)
+        elif data is not None and job.hearing is Hearing.LIVE and not job.log.full:
+            early, job.copy = job.copy, None
+            if early and job.log.taken() > PIPE_BYTES:  # the engine could not send it all as it came: files may have gone
+                early.close()
+                early = None
+            job.hear(Hearing.COPY, early)
         elif data is not None:
-            job.hear(Hearing.COPY if job.hearing is Hearing.LIVE and not job.log.full else Hearing.ENDED)
+            job.hear(Hearing.ENDED)
         return data is not None
 
     @staticmethod
@@ -5620,13 +5897,14 @@ class Runner:
             "output_limit": f"killed after its {job.request.output_limit} bytes of output",
             "oom": "killed for using more memory than its limit",
             "stopped": "stopped on request",
+            "idle": f"ended after {(job.request.idle or 0) * 1000:.0f} ms in which nothing was run in it",
             "cancelled": "cancelled",
             "interrupted": "killed because lightrun went away under it",
             "engine_error": job.asked.why if job.asked and job.taken else STDIN_BROKE,
         }.get(reason)
         if reason == "exited" and state.exit_code and job.request.setup:
             ending["error"] = self._failed_setup(job, engine, state.exit_code)
-        kept_anyway = job.request.extract_on_exit and reason in EXTRACTED
+        kept_anyway = reason == "idle" or (job.request.extract_on_exit and reason in EXTRACTED)
         if job.request.extract and (kept_anyway or (state.exit_code == 0 and reason in {"exited", "stopped"})):
             job.enter("extracting")
             ending |= self._extract(job, engine)
@@ -5795,6 +6073,412 @@ def _shift(low: float, high: float, earliest: float, latest: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Exec: a second command in a run that stays
+# --------------------------------------------------------------------------------------------------------------------
+
+# An engine runs a command in a container, and can neither kill it nor tell its pid there. So what is run is the shim (Warm): it
+# tells its pid and its environment, and then becomes the command as it becomes a run's program, as the leader of a process
+# group. To kill that, another shim is run, which calls kill(2). That needs no program of the image, and works on an engine that
+# is far away as well. Only on an architecture without a shim the command is run as it is, and goes on when it should be killed.
+
+
+class Exec:
+    """A command in the container of a run in progress: what Job is to a run. Nothing of it outlives lightrun."""
+
+    def __init__(self, job: Job, request: RunRequest, settings: Settings, tree: Tree) -> None:
+        self.job, self.request, self.tree = job, request, tree
+        self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
+        self.patience = Patience(HURRY_SECONDS)
+        self.settled, self.done = threading.Event(), threading.Event()  # it has begun, or it has ended before; it has ended
+        self.refusal: LightrunError | None = None  # why it has not begun
+        self.born, self.began, self.ended = time.monotonic(), math.inf, math.inf
+        self.pid: int | None = None  # in the container; None where that cannot be told
+        self.environment: list[str] = []
+        self.reason, self.error, self.oom_killed = "engine_error", "", False  # as far as is known
+        self.exit_code: int | None = None
+        self.deaf = self.doubt = False  # its output has come to its end; some of it may be missing
+        self.asked: tuple[str, str] | None = None  # reason and sentence of why it is to be killed
+        self.starved = False  # the connection that carried its stdin broke
+        self._lock = threading.Lock()  # guards asked
+
+    def ask(self, reason: str, why: str) -> None:
+        """Have it killed, from any thread and without waiting. What was asked first counts."""
+        with self._lock:
+            self.asked = self.asked or (reason, why)
+        self.patience.ring(hurry=not self.settled.is_set())
+
+    def begin(self) -> None:
+        """It has begun."""
+        self.began = time.monotonic()
+        self.settled.set()
+
+    def end(self) -> None:
+        """It has ended: tell whoever waits."""
+        self.ended = time.monotonic()
+        self.settled.set()
+        self.done.set()
+        self.log.nudge(ended=True)
+
+    def listen(self, stream: Reply, seconds: float) -> bool:
+        """Take the next piece of the output, or wait so long; false when it comes to its end."""
+        if self.deaf:
+            self.patience.sleep(max(0.001, seconds))
+            return True
+        try:
+            data = stream.next(self.patience.wake, seconds)
+        except EngineError:
+            data, self.doubt = b"", True
+        self.log.feed(data or b"")
+        self.deaf = data == b""
+        return not self.deaf
+
+    def state(self) -> dict[str, Any]:
+        """What became of it (SPEC 11)."""
+        head = {
+            "reason": self.reason, "exitCode": self.exit_code, "oomKilled": self.oom_killed or None, "error": self.error or None,
+            "durationMs": round((self.ended - self.born) * 1000), "logsTruncated": self.doubt or self.log.truncated,
+        }  # fmt: skip
+        told = {name: value for name, value in head.items() if value is not None}
+        return whole_state(told, {"splitLogs": self.request.split_logs}, self.log.frames())
+
+
+ATTACH_BROKE = 126  # what an engine says of a command whose output it could not send, running or not
+
+
+class Execs:
+    """Runs commands in containers of runs, each on a thread from its start to its end."""
+
+    def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor) -> None:
+        self._settings, self._store, self._engine, self._evictor = settings, store, engine, evictor
+        self._lock = threading.Lock()  # guards _going_on
+        self._going_on: set[Exec] = set()
+
+    def admit(self, job: Job, request: RunRequest) -> Exec:
+        """A command that has a place in its run, and is to be started. Raises Conflict, Unavailable, BadRequest."""
+        tree = Tree(request, None, self._settings.artifacts_root(), self._artifacts)
+        tree.check()
+        job.admit(self._settings.max_exec)
+        try:
+            return Exec(job, request, self._settings, tree)
+        except OSError as error:
+            job.dismiss()
+            raise Unavailable("busy", f"lightrun has no room for another command: {error.strerror}") from error
+
+    def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
+        return list(self._store.tail(run_id).get("artifacts", []))
+
+    def start(self, command: Exec) -> None:
+        """Start it. Raises Unavailable."""
+        with self._lock:
+            self._going_on.add(command)
+        try:
+            threading.Thread(target=self._execute, args=(command,), name="exec", daemon=True).start()
+        except RuntimeError as error:
+            self._let_go(command)
+            raise Unavailable("busy", f"lightrun has no room for another command: {error}") from error
+
+    def stop(self, deadline: float) -> None:
+        """Leave them time until then (monotonic), then kill them and wait a little for their ends."""
+        with self._lock:
+            left = list(self._going_on)
+        for command in left:
+            command.done.wait(max(0.0, deadline - time.monotonic()))
+        last = time.monotonic() + INTERRUPT_SECONDS
+        for command in left:
+            command.ask("cancelled", "killed because lightrun goes down")
+        for command in left:
+            command.done.wait(max(0.0, last - time.monotonic()))
+
+    def recover(self, job_of: Callable[[str], Job | None]) -> None:
+        """Kill what an earlier daemon left of commands, for which nobody waits any more."""
+        if left := self._store.execs():
+            threading.Thread(target=self._recover, args=(left, job_of), name="exec", daemon=True).start()
+
+    def _recover(self, left: list[tuple[str, str, int]], job_of: Callable[[str], Job | None]) -> None:
+        for exec_id, run_id, pid in left:
+            kills = 0
+            while (job := job_of(run_id)) and kills < MAX_EXEC_KILLS:
+                try:
+                    if self._engine.exit_of(exec_id) is not None:
+                        break
+                    self._kill(job, pid, kills)
+                    kills += 1
+                except EngineMissing:
+                    break
+                except EngineError as error:
+                    log.warning("exec in run %s: %s", run_id, error)
+                time.sleep(FIRST_LOOK_SECONDS if kills == 1 else RETRY_SECONDS)
+            with contextlib.suppress(LightrunError):  # the next daemon sees to it
+                self._store.end_exec(exec_id)
+
+    # -- one command
+
+    def _execute(self, command: Exec) -> None:
+        """One command from its place to its end."""
+        try:
+            with self._evictor.hold([each.run_id for each in command.request.contents() if isinstance(each, Reference)], None):
+                self._line(command, self._engine.for_one(command.patience))
+        except (EngineMissing, EngineConflict) as error:
+            command.refusal, command.error = Conflict(f"the run is not running any more: {error}", "not_running"), str(error)
+        except EngineAbsent as error:
+            command.refusal, command.error = Unavailable("engine_unavailable", str(error), 5), str(error)
+        except LightrunError as error:
+            command.refusal, command.error = (error if error.status < 500 or error.status == 503 else None), str(error)
+        except Exception:
+            log.exception("exec in run %s", command.job.run.id)
+            command.error = "lightrun failed; its log says how"
+        finally:
+            self._let_go(command)
+        log.info("exec in run %s ended (%s)", command.job.run.id, command.reason)
+
+    def _let_go(self, command: Exec) -> None:
+        command.end()
+        command.job.dismiss()
+        command.patience.close()
+        with self._lock:
+            self._going_on.discard(command)
+
+    def _line(self, command: Exec, engine: Engine) -> None:
+        """shim, command, stdin, output, exit."""
+        machine, slot = engine.machine(), command.job.slot
+        kills = slot.kills() if slot else None
+        exec_id, stream = self._enter(command, engine, machine) if machine else self._enter_plainly(command, engine)
+        try:
+            with contextlib.closing(stream):
+                if machine:
+                    self._become(command, engine, exec_id, stream, machine)
+                command.begin()
+                self._feed(command, stream)
+                try:
+                    self._see_out(command, engine, exec_id, stream)
+                except EngineMissing:
+                    self._judge(command, engine, None)
+        finally:
+            if command.pid:
+                with contextlib.suppress(LightrunError):  # the next daemon sees that it is gone
+                    self._store.end_exec(exec_id)
+        command.oom_killed = command.exit_code != 0 and kills is not None and slot is not None and (slot.kills() or 0) > kills
+
+    def _enter(self, command: Exec, engine: Engine, machine: Machine) -> tuple[str, Reply]:
+        """Run the shim, put there before if need be, and hear its pid and environment."""
+        job = command.job
+        for again in (False, True):
+            with job.shim_lock:
+                if again or not job.has_shim:
+                    put_shim(engine, job.container)
+                    job.has_shim = True
+            exec_id, stream = engine.run_command(job.container, [SHIM], command.request.env)
+            with contextlib.ExitStack() as opened:
+                opened.callback(stream.close)
+                if self._hear(command, stream, machine):
+                    opened.pop_all()
+                    return exec_id, stream
+            if not engine.inspect(job.container).running:
+                raise Conflict("the run has ended", "not_running")
+        raise EngineError("the engine cannot run a command in the container")
+
+    def _enter_plainly(self, command: Exec, engine: Engine) -> tuple[str, Reply]:
+        """Run the command itself, which cannot be killed then."""
+        request = command.request
+        return engine.run_command(command.job.container, request.command or [], request.env, request.workdir)
+
+    @staticmethod
+    def _check(command: Exec) -> None:
+        """Raises Unavailable for one that is to be killed before it has begun: its shim ends with its connection."""
+        if command.asked:
+            raise Unavailable("stopping", command.asked[1])
+
+    def _hear(self, command: Exec, stream: Reply, machine: Machine) -> bool:
+        """Ask the shim for its pid and its environment; false when it does not answer."""
+        room, reader, told = SHIM_BASE + SHIM_ROOM // 2, FrameReader(), b""
+        frame: list[tuple[Any, ...]] = [("readlinkat", 1, AT_FDCWD, _c("/proc/self"), room, 32), ("write", 32, 1, room, 32)]
+        frame.append(("openat", 3, AT_FDCWD, _c("/proc/self/environ"), os.O_RDONLY))
+        size, room = 32, room + 32
+        while size == 32 or told[-2:] != bytes(2):  # an environment ends with one zero, and the room has no other bytes
+            frame += [("read", 0, 3, room, ENVIRONMENT_PIECE), ("write", ENVIRONMENT_PIECE, 1, room, ENVIRONMENT_PIECE)]
+            size, room = size + ENVIRONMENT_PIECE, room + ENVIRONMENT_PIECE
+            with asked_to("run a command in the container"):
+                stream.wire.send(shim_frame(machine, frame))
+            late, frame = time.monotonic() + ENGINE_SECONDS, []
+            while len(told) < size:
+                self._check(command)
+                command.patience.heard()
+                data = stream.next(command.patience.wake, late - time.monotonic())
+                if data == b"" or time.monotonic() > late:
+                    return False
+                told += b"".join(bytes(payload) for number, payload in reader.feed(data or b"") if number == 1)
+        pid = told[:32].rstrip(b"\0")
+        if not pid.isdigit() or int(pid) < 2:
+            return False
+        command.pid = int(pid)
+        command.environment = [each.decode("utf-8", "surrogateescape") for each in told[32:].rstrip(b"\0").split(b"\0")]
+        return True
+
+    def _become(self, command: Exec, engine: Engine, exec_id: str, stream: Reply, machine: Machine) -> None:
+        """Have the shim become the command. It is recorded before, for the next daemon to kill."""
+        request, job = command.request, command.job
+        workdir = request.workdir or job.request.workdir or "/"
+        ways = [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]]] if request.workdir else []
+        folders = [("mkdirat", ANY_RESULT, AT_FDCWD, _c(way), 0o755) for way in ways]
+        try:
+            frames = [shim_frame(machine, [("close", 0, 3), *folders]), *hand_out_frames(
+                machine, [], command.tree.pieces, workdir, request.stdin, request.command or [], command.environment, stays=True
+            )]  # fmt: skip
+        except ValueError as error:
+            raise BadRequest(details=[problem("is too long, with env", "entrypoint")]) from error
+        self._check(command)
+        assert command.pid
+        if not job.run.waited:
+            self._store.begin_exec(exec_id, job.run.id, command.pid)
+        command.log.hide(len(HANDED_OUT))
+        with asked_to("run a command in the container"):
+            for frame in frames:
+                stream.wire.send(frame)
+        late = time.monotonic() + ENGINE_SECONDS
+        while command.log.hidden:
+            self._check(command)
+            command.patience.heard()
+            data = stream.next(command.patience.wake, late - time.monotonic())
+            if data == b"" or time.monotonic() > late:
+                if request.workdir and self._exit(engine, exec_id) == SHIM_GAVE_UP:
+                    why = "cannot be made, or is not a folder that the run's user may enter"
+                    raise BadRequest(details=[problem(why, "workdir")])
+                raise EngineError("the command could not be started in the container")
+            command.log.feed(data or b"")
+
+    @staticmethod
+    def _exit(engine: Engine, exec_id: str) -> int | None:
+        """The exit code of what has just closed its output, as soon as the engine has it; None when it goes on all the same."""
+        pause = SETTLE_POLL_SECONDS
+        while (code := engine.exit_of(exec_id)) is None and pause < QUIET_SECONDS:
+            time.sleep(pause)
+            pause *= 2
+        return code
+
+    def _feed(self, command: Exec, stream: Reply) -> None:
+        """Write its stdin, by a thread of its own when it did not go before it."""
+        data = command.request.stdin
+        command.request = dataclasses.replace(command.request, stdin=None)
+        wire = stream.wire
+        wire.patience = None
+        wire.stream(math.inf)  # the program may leave it waiting
+
+        def write() -> None:
+            try:
+                for piece in command.tree.pieces(data) if data is not None else ():
+                    wire.send(piece)
+                wire.half_close()
+            except (OSError, NotFound):
+                command.starved = True
+                command.patience.ring()
+
+        if is_fed_before(data) and command.pid:
+            with contextlib.suppress(OSError):
+                wire.half_close()
+        else:
+            threading.Thread(target=write, name="stdin", daemon=True).start()
+
+    def _see_out(self, command: Exec, engine: Engine, exec_id: str, stream: Reply) -> None:
+        """Read to the end of its output and of itself, and see to its limits. Nothing here trusts the stream to end."""
+        kills, kill_at = 0, command.began + command.request.timeout
+        pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
+        while True:
+            command.patience.heard()
+            if command.log.full:
+                command.ask("output_limit", f"killed after its {command.request.output_limit} bytes of output")
+            if time.monotonic() >= kill_at:
+                command.ask("timeout", f"killed after its timeout of {command.request.timeout * 1000:.0f} ms")
+            if command.asked and (not kills or time.monotonic() >= kill_at):
+                self._kill_again(command, kills)
+                kills, kill_at = kills + 1, time.monotonic() + KILL_SECONDS * 2**kills
+                pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + SETTLE_POLL_SECONDS
+            if time.monotonic() >= look_at:
+                if (code := self._look(engine, exec_id)) is not None:
+                    break
+                command.doubt |= command.deaf and pause > FIRST_LOOK_SECONDS
+                if command.starved:
+                    command.ask("engine_error", STDIN_BROKE)
+                pause = min(2 * pause, 1 if command.deaf else LOOK_SECONDS)
+                look_at = time.monotonic() + pause
+            if not command.listen(stream, min(look_at, kill_at) - time.monotonic()):
+                pause, look_at = SETTLE_POLL_SECONDS, time.monotonic()
+        late = time.monotonic() + QUIET_SECONDS + 1  # longer than an engine waits for what others keep open
+        while not command.deaf and (left := late - time.monotonic()) > 0:
+            command.patience.heard()
+            command.listen(stream, left)
+        command.doubt |= not command.deaf or command.log.cut
+        self._judge(command, engine, code, killed=bool(kills))
+
+    @staticmethod
+    def _look(engine: Engine, exec_id: str) -> int | None:
+        """Its exit code, None while it goes on or the engine does not say. Raises EngineMissing."""
+        try:
+            return engine.exit_of(exec_id)
+        except EngineMissing:
+            raise
+        except EngineError as error:
+            log.warning("exec: %s", error)
+            return None
+
+    def _judge(self, command: Exec, engine: Engine, code: int | None, killed: bool = False) -> None:
+        """Why it ended; its exit code if that is its own."""
+        command.exit_code = code
+        if command.asked and killed and code == 137:
+            command.reason, command.error = command.asked
+        elif code in {137, None} and self._has_run_ended(command, engine):
+            command.reason, command.error, command.exit_code = "run_ended", "killed because its run ended", None
+        elif code is None:
+            command.error = "the engine does not know it any more"
+        elif code == ATTACH_BROKE and command.doubt:
+            command.exit_code, command.error = None, "the connection that carried its output broke, and it was killed"
+            if command.pid:
+                self._kill(command.job, command.pid, 0)
+        else:
+            command.reason = "exited"
+
+    @staticmethod
+    def _has_run_ended(command: Exec, engine: Engine) -> bool:
+        """Whether its run is over, or in a moment: all that is in a container is killed before the engine says so."""
+        job = command.job
+        for pause in (0, 0.05, 0.1, 0.2):
+            time.sleep(pause)
+            if job.done.is_set() or job.run.phase != "running":
+                return True
+            with contextlib.suppress(EngineConflict, EngineAbsent):
+                try:
+                    if not engine.inspect(job.container).running:
+                        return True
+                except EngineMissing:
+                    return True
+        return False
+
+    def _kill_again(self, command: Exec, kills: int) -> None:
+        """Kill what should end, for so many times before. Raises EngineError when that is of no use."""
+        assert command.asked
+        if kills == MAX_EXEC_KILLS or command.pid is None:
+            command.reason, command.doubt = command.asked[0], True
+            why = "" if command.pid else f" ({NO_SHIM})"
+            raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends{why}")
+        self._kill(command.job, command.pid, kills)
+
+    def _kill(self, job: Job, pid: int, kills: int) -> None:
+        """Have a shim kill a process group of a run's container."""
+        machine = self._engine.machine()
+        assert machine
+        try:
+            if kills:  # perhaps the shim was not there
+                put_shim(self._engine, job.container)
+            _, stream = self._engine.run_command(job.container, [SHIM], {})
+            with contextlib.closing(stream):
+                frame = [("kill", ANY_RESULT, -pid, signal.SIGKILL), ("exit_group", 0, 0)]
+                with asked_to("kill a command"):
+                    stream.wire.send(shim_frame(machine, frame))
+                stream.next(seconds=KILL_SECONDS)
+        except EngineError as error:
+            log.warning("exec in run %s: %s", job.run.id, error)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Keeper: the engine's absence, and what must go
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -5886,6 +6570,49 @@ def while_there(call: Call, pieces: Generator[bytes, None, None], place: context
             raise waitress.channel.ClientDisconnected from error
 
 
+def _followed(output: Log) -> Iterator[bytes | None]:
+    """What is kept of a log and all that comes; None where something is missing."""
+    followed = output.follow()
+    while True:
+        try:
+            yield from followed
+            return
+        except LogGap:
+            yield None
+            followed = output.follow()
+            next(followed)  # what is kept was told, but for the gap
+
+
+def _log_events(followed: Iterable[bytes | None]) -> Iterator[dict[str, Any]]:
+    """The events of what is followed of a log, with an empty one after each piece."""
+    lines, gap = LineEvents(), False
+    for kept in followed:
+        if kept is None and not gap:
+            yield from lines.end()
+            yield {"event": "gap"}
+            lines = LineEvents()
+        gap = kept is None or (gap and not kept)
+        yield from lines.feed(kept or b"")
+        yield {}
+    yield from lines.end()
+
+
+def _live(events: Iterator[dict[str, Any]]) -> Generator[bytes, None, None]:
+    """Events as they happen, a line for each."""
+    told = time.monotonic()
+    for event in events:
+        silent = time.monotonic() - told > PING_SECONDS
+        if event or silent:
+            told = time.monotonic()
+        yield to_json(event or {"event": "ping"}) + b"\n" if event or silent else b""
+
+
+def _outcome(command: Exec) -> dict[str, str]:
+    """What became of a command, as header fields."""
+    code = {} if command.exit_code is None else {"X-Exit-Code": str(command.exit_code)}
+    return {**code, "X-Reason": command.reason}
+
+
 @dataclasses.dataclass
 class Answer:
     """What goes back to a client: bytes, a file (which holds no thread while it is sent), or pieces as they come."""
@@ -5910,6 +6637,15 @@ class Call:
 
     def __init__(self, environ: dict[str, Any], query: dict[str, Any], ending: threading.Event) -> None:
         self._environ, self.query, self._ending = environ, query, ending
+
+    @property
+    def trailers(self) -> dict[str, str]:
+        """Header fields that are to follow a body that is sent in pieces (RFC 9110, 6.5)."""
+        return self._environ.setdefault("lightrun.trailers", {})  # type: ignore[no-any-return]
+
+    @trailers.setter
+    def trailers(self, fields: dict[str, str]) -> None:
+        self._environ["lightrun.trailers"] = fields
 
     def header(self, name: str, default: Any = "") -> Any:
         """A header's text, the default when absent."""
@@ -5986,6 +6722,10 @@ ROUTES = (
     Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
     Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
     Route("GET", ARTIFACTS, "artifacts", "List artifacts, or get them as one tar", {200: {JSON: "Artifacts", TAR: "Bytes"}}),
+    Route(
+        "POST", f"{RUNS}/exec", "exec", "Run a second command in a run that goes on",
+        {200: {JSON: "Exec", EVENTS: "Event", BYTES: "Bytes"}, 409: {}}, body="ExecRequest",
+    ),
     Route(
         "GET", f"{ARTIFACTS}/<path:path>", "artifact", "Download a file, or list a folder",
         {200: {BYTES: "Bytes", JSON: "Artifacts"}, 206: {BYTES: "Bytes"}, 304: {}, 412: {}, 416: {}},
@@ -6105,6 +6845,10 @@ ANSWERS = {
     "Artifact": _object("path bytes type", path=_TEXT, bytes=_COUNT, type={"enum": ["file", "directory"]}, mode=_TEXT),
     "Artifacts": _list({"$ref": REFERENCE + "Artifact"}),
     "Accepted": _object("id status url", id=_TEXT, status={"enum": STATUSES}, url=_TEXT),
+    "Exec": _object(
+        "reason durationMs logsTruncated", reason={"enum": EXEC_REASONS}, exitCode={"type": "integer"}, oomKilled=_TRUE,
+        error=_TEXT, durationMs=_COUNT, logsTruncated={"type": "boolean"}, logs=_list(_TEXT), stdout=_TEXT, stderr=_TEXT,
+    ),
     "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
     "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS, usage=_TRUE),
     "Error": _object(
@@ -6131,7 +6875,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.handler == "run":
         parameters.append({"name": "Idempotency-Key", "in": "header", "schema": {**_TEXT, "minLength": 1, "maxLength": 200}})
     bodies = {JSON: route.body, **({FORM: "RunForm"} if route.handler == "run" else {})}
-    body = {"requestBody": {"required": route.handler == "run", **content(bodies)}} if route.body else {}
+    body = {"requestBody": {"required": route.handler != "stop", **content(bodies)}} if route.body else {}
     open_to_all: dict[str, Any] = {"security": []} if route.path == "/health" else {}
     about = {"operationId": route.handler, "summary": route.summary, "parameters": parameters, "responses": answers}
     return {**about, **body, **open_to_all}
@@ -6146,7 +6890,8 @@ def openapi(settings: Settings, metered: bool) -> dict[str, Any]:
         "description": "The request as run, files to be unpacked in the workdir as tar, and any others each under its path.",
     }  # fmt: skip
     request = {**request_schema(settings, metered), "examples": [example]}
-    schemas = {"RunRequest": request, "RunForm": form, "Stop": STOP_SCHEMA, **ANSWERS}
+    schemas = {"RunRequest": request, "RunForm": form, "ExecRequest": exec_schema(settings), "Stop": STOP_SCHEMA}
+    schemas |= ANSWERS
     schemes = {"token": {"type": "http", "scheme": "bearer"}} if settings.token or settings.token_file else {}
     paths: dict[str, dict[str, Any]] = {}
     for route in ROUTES:
@@ -6172,11 +6917,13 @@ def _accepted(run_id: str) -> Iterator[None]:
 class Api:
     """The routes, as a WSGI application on waitress; bottle's router finds them."""
 
-    def __init__(self, settings: Settings, store: Store, engine: Engine, runner: Runner, evictor: Evictor) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, engine: Engine, runner: Runner, execs: Execs, evictor: Evictor
+    ) -> None:
         import bottle
 
         self._settings, self._store, self._engine = settings, store, engine
-        self._runner, self._evictor = runner, evictor
+        self._runner, self._execs, self._evictor = runner, execs, evictor
         self._root = settings.artifacts_root()
         self._waiting_places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
         self._health_lock = threading.Lock()  # held while the engine is asked
@@ -6299,8 +7046,8 @@ class Api:
                 return json_answer({"id": run_id, "status": status, "url": f"/runs/{run_id}"}, 202, Location=f"/runs/{run_id}")
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
-                return self._streamed(call, self._live(run_id, job), EVENTS, place.pop_all())
-            self._wait(call, job, math.inf)
+                return self._streamed(call, _live(self._events(run_id, job)), EVENTS, place.pop_all())
+            self._wait(call, job.done if job else None, math.inf)
             if job and not job.done.is_set():  # its client has gone, or lightrun goes
                 raise Gone
             return json_answer(self._state(run_id, job))
@@ -6332,55 +7079,87 @@ class Api:
         digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
         return *self._runner.submit(request, key, digest, upload), request.detached
 
-    def _wait(self, call: Call, job: Job | None, seconds: float) -> None:
-        """Until the run has ended, the time is up or the client has gone."""
+    @staticmethod
+    def _wait(call: Call, event: threading.Event | None, seconds: float) -> bool:
+        """Until that happens, if it is not past, or the time is up; false when the client has gone before."""
         deadline = time.monotonic() + seconds
-        while job and (left := deadline - time.monotonic()) > 0 and not job.done.wait(min(left, DISCONNECT_POLL_SECONDS)):
+        while event and (left := deadline - time.monotonic()) > 0 and not event.wait(min(left, DISCONNECT_POLL_SECONDS)):
             if call.gone():
-                return
-
-    def _live(self, run_id: str, job: Job | None) -> Generator[bytes, None, None]:
-        """A run as it happens, a line for each event."""
-        told = time.monotonic()
-        for event in self._events(run_id, job):
-            silent = time.monotonic() - told > PING_SECONDS
-            if event or silent:
-                told = time.monotonic()
-            yield to_json(event or {"event": "ping"}) + b"\n" if event or silent else b""
+                return False
+        return True
 
     def _events(self, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
         """The events of a run, with an empty one now and then."""
         yield {"event": "accepted", "id": run_id}
-        lines, progress, started, gap = LineEvents(), None, False, False
-        for kept in self._followed(job) if job else [self._kept(run_id)]:
+        progress, started = None, False
+        for event in _log_events(_followed(job.log) if job else [self._kept(run_id)]):
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
-            if not started and (kept or job is None or job.run.phase in {"running", "extracting"} or job.run.started):
+            if not started and (event or job is None or job.run.phase in {"running", "extracting"} or job.run.started):
                 started = True
                 yield {"event": "started"}
-            if kept is None and not gap:
-                yield from lines.end()
-                yield {"event": "gap"}
-                lines = LineEvents()
-            gap = kept is None or (gap and not kept)
-            yield from lines.feed(kept or b"")
-            yield {}
-        yield from lines.end()
+            yield event
         yield {"event": "finished", "run": job.state() if job else self._state(run_id)}
 
+    def exec(self, call: Call, run_id: str) -> Answer:
+        """POST /runs/<id>/exec"""
+        raw, accept = call.body()[1].read(), call.header("Accept")
+        with contextlib.ExitStack() as place:
+            if (job := self._runner.job(run_id)) is None:
+                self._store.head(run_id)
+                raise Conflict("the run has ended", "not_running")
+            request = RunRequest.parse_exec(raw, self._settings, job.run.image)
+            place.enter_context(self._waiting_place())
+            command = self._execs.admit(job, request)
+            followed = _followed(command.log)  # from before the start, so that nothing is missing
+            next(followed)
+            place.callback(command.ask, "cancelled", "its client left")
+            self._execs.start(command)
+            if not self._wait(call, command.settled, math.inf):
+                raise Gone
+            if command.refusal:
+                raise command.refusal
+            if EVENTS in accept:
+                return self._streamed(call, _live(self._exec_events(command, followed)), EVENTS, place.pop_all())
+            if BYTES in accept:
+                return self._raw(call, command, followed, place)
+            if not self._wait(call, command.done, math.inf):
+                raise Gone
+            return json_answer(command.state())
+
     @staticmethod
-    def _followed(job: Job) -> Iterator[bytes | None]:
-        """What is kept of a log and all that comes; None where something is missing."""
-        followed = job.log.follow()
-        while True:
-            try:
-                yield from followed
-                return
-            except LogGap:
-                yield None
-                followed = job.log.follow()
-                next(followed)  # what is kept was told, but for the gap
+    def _exec_events(command: Exec, followed: Iterator[bytes | None]) -> Iterator[dict[str, Any]]:
+        yield {"event": "started"}
+        yield from _log_events(followed)
+        yield {"event": "finished", "exec": command.state()}
+
+    def _raw(self, call: Call, command: Exec, followed: Iterator[bytes | None], place: contextlib.ExitStack) -> Answer:
+        """Its stdout as bytes. What ended it stands in the head if it is over soon, and in any case behind a body that is sent as
+        it comes."""
+        held, late = b"", time.monotonic() + PING_SECONDS
+        for piece in followed:
+            if piece and not held:
+                late = time.monotonic() + HELD_BACK_SECONDS
+            held += raw_log(piece or b"", "stdout")
+            if call.gone():
+                raise Gone
+            if piece is None or len(held) > HELD_BACK_BYTES or time.monotonic() > late:
+                break
+        else:
+            return Answer(200, held, {"Content-Type": BYTES, **_outcome(command)})
+
+        def pieces() -> Generator[bytes, None, None]:
+            yield held
+            for piece in followed:
+                if piece is None:
+                    raise LogGap
+                yield raw_log(piece, "stdout")
+            call.trailers |= _outcome(command)
+
+        answer = self._streamed(call, pieces(), BYTES, place.pop_all())
+        answer.headers["Trailer"] = "X-Exit-Code, X-Reason"
+        return answer
 
     def runs(self, call: Call) -> Answer:
         """GET /runs"""
@@ -6402,7 +7181,7 @@ class Api:
         job = self._runner.job(run_id)
         if job and call.query.get("wait"):
             with self._waiting_place(), self._runner.attended(job):
-                self._wait(call, job, call.query["wait"] / 1000)
+                self._wait(call, job.done, call.query["wait"] / 1000)
         return json_answer(self._state(run_id, job))
 
     def _state(self, run_id: str, job: Job | None = None) -> dict[str, Any]:
@@ -6636,11 +7415,22 @@ def _parser_class(gate: Gate, folder: Path) -> type:
 def _channel_class(gate: Gate, folder: Path) -> type:
     """waitress's connections, of which none may hold a thread by not reading, but a stream that has its place for that."""
     import waitress.channel
+    import waitress.task
 
     base: Any = waitress.channel.HTTPChannel
 
+    class Task(waitress.task.WSGITask):
+        def finish(self) -> None:
+            trailers = (self.environ or {}).get("lightrun.trailers")
+            if not (self.chunked_response and trailers):
+                super().finish()
+                return
+            fields = "".join(f"{name}: {text}\r\n" for name, text in trailers.items())
+            self.channel.write_soon(f"0\r\n{fields}\r\n".encode("latin-1"))
+
     class Channel(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
         parser_class = _parser_class(gate, folder)
+        task_class = Task
         _writing = False
 
         def service(self) -> None:
@@ -6869,10 +7659,12 @@ class Daemon:
             local = self._socket.family == socket.AF_UNIX
             loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
             self._gate = Gate(tokens, check_host=not tokens and loopback and not local, check_origin=not tokens and not local)
-            self._api = Api(settings, self._store, self._engine, self._runner, evictor)
+            self._execs = Execs(settings, self._store, self._engine, evictor)
+            self._api = Api(settings, self._store, self._engine, self._runner, self._execs, evictor)
             self._server = Server(settings, self._socket, self._api, self._gate)
             self._store.tidy(settings.artifacts_root())
             self._runner.recover()
+            self._execs.recover(self._runner.job)
             undo.pop_all()
         self._about = f"lightrun {__version__} serves on {self.address}, with the engine at {engine_is.url} ({engine_is.source})"
         if not tokens:
@@ -6910,6 +7702,7 @@ class Daemon:
         deadline = time.monotonic() + self._settings.drain
         self._runner.refuse()
         self._gate.closing = True
+        self._execs.stop(deadline)
         self._runner.stop(deadline)
         self._server.settle(max(deadline, time.monotonic() + LAST_ANSWERS_SECONDS))
         self._api.ending.set()

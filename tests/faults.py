@@ -55,14 +55,17 @@ NAMES = [
         ("POST", r"containers/[^/]+/attach\?\S*stdout=[1tT]", "attach"), ("POST", r"containers/[^/]+/attach\b", "stdin"),
         ("POST", r"containers/[^/]+/start\b", "start"), ("GET", r"containers/json\b", "list"),
         ("GET", r"containers/[^/]+/json\b", "inspect"), ("POST", r"containers/[^/]+/wait\b", "wait"),
-        ("POST", r"containers/[^/]+/kill\b", "kill"), ("GET", r"containers/[^/]+/logs\b", "logs"),
+        ("POST", r"containers/[^/]+/exec\b", "exec"), ("POST", r"exec/[^/]+/start\b", "exec-start"),
+        ("GET", r"exec/[^/]+/json\b", "exec-state"), ("POST", r"containers/[^/]+/kill\b", "kill"),
+        ("GET", r"containers/[^/]+/logs\b", "logs"),
         ("DELETE", r"containers/[^/]+", "remove"), ("POST", r"images/create\b", "pull"), ("GET", r"images/\S+/json\b", "image"),
         ("GET", r"version\b", "version"), ("GET", r"info\b", "info"), ("GET", r"events\b", "events"),
         (r"\w+", r"networks\b", "networks"),
     )
 ]  # fmt: skip
 FEEDS = {"stdin", "hand-out"}  # carry what is sent to a container, where their middle is
-STREAMS = {"attach", *FEEDS, "logs", "archive", "pull", "wait", "events"}  # passed on in pieces; other answers are held whole
+DUPLEX = {*FEEDS, "exec-start"}  # carry it as well
+STREAMS = {"attach", *DUPLEX, "logs", "archive", "pull", "wait", "events"}  # passed on in pieces; other answers are held whole
 HTML = b"<html><body>This is not what an engine says.</body></html>"
 TRICKLE_SECONDS = 0.01  # a byte
 TIME = re.compile(rb"(?!0001)(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?=\.?\d*(Z|[+-]\d\d:\d\d))")
@@ -293,7 +296,7 @@ class Proxy:
 
     def _watch(self, client: socket.socket, upstream: socket.socket, request: Request, rule: Rule, over: threading.Event) -> None:
         """Notice that a client leaves; pass on what it sends to a container's stdin, where the middle is in what it sends."""
-        feeds, mid = request.call in FEEDS, rule.point == "mid"
+        feeds, mid = request.call in DUPLEX, rule.point == "mid" and request.call in FEEDS
         poll = select.poll()
         poll.register(client, select.POLLIN if feeds else select.POLLRDHUP)
         while not over.is_set():
