@@ -1207,7 +1207,7 @@ def is_link_local(host: str) -> bool:
 # Run: the record of a run
 # --------------------------------------------------------------------------------------------------------------------
 
-EXTRACTED = ["exited", "stopped", "idle", "timeout", "cpu_limit", "output_limit", "oom"]  # with `extractOn: exit`
+EXTRACTED = ["exited", "stopped", "timeout", "cpu_limit", "output_limit", "idle", "oom"]  # with `extractOn: exit`
 REASONS = [*EXTRACTED, "cancelled", "interrupted", "pull_failed", "start_failed", "lost", "engine_error"]
 STDIN_BROKE = "the connection that carried its stdin broke; it may have taken that for the end of its input"
 EXEC_REASONS = ["exited", "timeout", "output_limit", "cancelled", "run_ended", "engine_error"]
@@ -5601,10 +5601,10 @@ class Runner:
                         return True
             if (state := engine.inspect(job.container)).running:
                 raise EngineAbsent("the engine does not say whether a warm container has become the run's program")
-        if state.exit_code != SHIM_GAVE_UP:
+        if state.exit_code >= 128:  # a signal, which may have met either
             job.check()
             raise RunEnds("engine_error", "the warm container was lost while the run was handed to it")
-        return False
+        return state.exit_code != SHIM_GAVE_UP
 
     def _take_back(self, job: Job) -> None:
         """Let go of a warm container that has not become the run's program. The run is to start cold, if it still may."""
@@ -7104,12 +7104,12 @@ class Api:
 
     def exec(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/exec"""
-        raw, accept = call.body()[1].read(), call.header("Accept")
+        job, accept = self._runner.job(run_id), call.header("Accept")
+        image = job.run.image if job else json.loads(self._store.head(run_id))["image"]
+        request = RunRequest.parse_exec(call.body()[1].read(), self._settings, image)
+        if job is None:
+            raise Conflict("the run has ended", "not_running")
         with contextlib.ExitStack() as place:
-            if (job := self._runner.job(run_id)) is None:
-                self._store.head(run_id)
-                raise Conflict("the run has ended", "not_running")
-            request = RunRequest.parse_exec(raw, self._settings, job.run.image)
             place.enter_context(self._waiting_place())
             command = self._execs.admit(job, request)
             followed = _followed(command.log)  # from before the start, so that nothing is missing

@@ -490,6 +490,32 @@ def measure_warm(bench: Bench) -> list[Row]:
     return rows
 
 
+def measure_exec(bench: Bench) -> list[Row]:
+    """The loop of an agent: snippets one after the other in one run, beside `docker exec` in the same container."""
+    daemon = bench.daemon()
+    with daemon.client() as client:
+        run = client.call("POST", "/run", {"image": IMAGE, "detached": True, "idle": 600_000})["id"]
+        until(lambda: client.call("GET", f"/runs/{run}").get("phase") == "running", "a run that waits")
+        (container,) = bench.containers(daemon.state_id)
+
+        def command() -> None:
+            if (answer := client.call("POST", f"/runs/{run}/exec", {"entrypoint": ["true"]})).get("exitCode") != 0:
+                raise BenchmarkError(f"a command failed: {answer}")
+
+        calls = {
+            "exec": lambda: milliseconds(command), "docker run": bench.docker_run,
+            "docker exec": lambda: milliseconds(lambda: bench.docker("exec", container, "true")),
+        }  # fmt: skip
+        in_turn(1, calls)
+        took = in_turn(bench.pick(1, 30), calls)
+        client.call("POST", f"/runs/{run}/cancel")
+    daemon.stop()
+    return [
+        compare("command in a run that stays", took["exec"], "docker run --rm", took["docker run"], bar="≤ 0.25"),
+        compare("command in a run that stays", took["exec"], "docker exec", took["docker exec"]),
+    ]
+
+
 def _steady_rate(bench: Bench, daemon: Daemon) -> float:
     """Plain runs a second of eight clients that have begun already."""
 
@@ -951,6 +977,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "start": measure_start,
     "runs": measure_runs,
     "warm": measure_warm,
+    "exec": measure_exec,
     "throughput": measure_throughput,
     "own_cost": measure_own_cost,
     "memory": measure_memory,

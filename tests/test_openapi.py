@@ -139,6 +139,9 @@ def test_requests_are_described_by_the_table_that_validates_them(session_guarded
     schemas = session_guarded.document["components"]["schemas"]
     described = {name: schema for name, schema in schemas["RunRequest"].items() if name != "examples"}
     assert described == json.loads(json.dumps(lightrun.request_schema(lightrun.Settings())))
+    for name in lightrun.EXEC_FIELDS:
+        more = {"workdir", "timeout"} & {name}  # these two are described in other words
+        assert more or schemas["ExecRequest"]["properties"][name] == described["properties"][name]
     assert schemas["Stop"]["properties"] == json.loads(json.dumps(lightrun.STOP_SCHEMA["properties"]))
 
 
@@ -200,9 +203,13 @@ def test_detached_runs_are_documented(session_open: Session) -> None:
     assert send("GET", f"{run}?wait=200").status == 200
     assert send("GET", "/runs?status=running").json()[0]["id"] == accepted.json()["id"]
     assert send("DELETE", run).status == 409
+    assert eventually(lambda: send("GET", run).json().get("phase") == "running")
+    for headers in ({}, NDJSON, {"Accept": "application/octet-stream"}):
+        assert send("POST", f"{run}/exec", {"entrypoint": "echo a; exit 3"}, headers).status == 200
     assert send("POST", f"{run}/stop", {"signal": "SIGKILL", "grace": 0}).status == 204
     assert eventually(lambda: send("GET", run).json()["status"] == "failed")
     assert [send("POST", f"{run}/{action}").status for action in ("stop", "cancel")] == [409, 409]
+    assert send("POST", f"{run}/exec", {"entrypoint": "true"}).status == 409
     assert send("DELETE", run).status == 204
     run = send("POST", "/run", {**HELLO, "entrypoint": "sleep 60", "detached": True}).json()["url"]
     assert send("POST", f"{run}/cancel").status == 204
@@ -223,7 +230,7 @@ def test_refusals_are_documented(session_open: Session, session_guarded: Session
             assert send(method.upper(), path.replace(finished, NOBODY)).status == 404
     assert send("GET", f"/runs/{finished}/artifacts/nothing").status == 404
     assert send("GET", f"/runs/{finished}/artifacts/%2e%2e/b").status == 400
-    for path in ("/run", f"/runs/{finished}/stop"):
+    for path in ("/run", f"/runs/{finished}/stop", f"/runs/{finished}/exec"):
         assert send("POST", path, body="a").status == 415
         assert send("POST", path, body="{", headers=JSON).status == 400
     assert send("POST", "/run", {"image": "alpine"}).json()["error"] == "not_allowed"
@@ -241,6 +248,7 @@ def test_being_busy_is_documented(session_open: Session, finished: str) -> None:
         assert send("GET", f"{runs[1]}?wait=1").status == 503
         assert send("GET", f"/runs/{finished}/artifacts", headers=TAR).status == 503
         assert send("POST", "/run", HELLO).status == 503
+        assert send("POST", f"{runs[0]}/exec", {"entrypoint": "true"}).status == 503
     assert [send("POST", f"{run}/cancel").status for run in runs] == [204] * 3
     assert eventually(lambda: not send("GET", "/runs?status=running").json())
 

@@ -483,13 +483,14 @@ def test_deleted_runs_hold_up_no_other_of_their_receiver(shared: Daemon, receive
 
 
 def test_eviction_spares_runs_that_owe(daemon: DaemonFactory, receiver: Receiver) -> None:
-    lightrun = daemon(*NO_PULL, "--keep", "1", env={"LIGHTRUN_DELAYS": "3"})
-    receiver.answer(500)
+    lightrun = daemon(*NO_PULL, "--keep", "1", env={"LIGHTRUN_DELAYS": " ".join(["1"] * 60)})
+    receiver.default = type(receiver.default)(500)
     owing = call_back(lightrun, receiver.url)
     lightrun.wait_for(owing, lambda state: state["callback"]["attempts"] == 1)
     others = [lightrun.run(image=ABSENT)["id"] for _ in range(3)]
     assert eventually(lambda: len(lightrun.request("GET", "/runs").json()) == 2)
     assert {state["id"] for state in lightrun.request("GET", "/runs").json()} == {owing, others[-1]}
+    receiver.default = type(receiver.default)()
     callback(lightrun, owing, "delivered")
     last = lightrun.run(image=ABSENT)["id"]
     assert eventually(lambda: [state["id"] for state in lightrun.request("GET", "/runs").json()] == [last])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import lightrun
-from conftest import ROOT, Daemon, DaemonFactory
+from conftest import ROOT, Daemon, DaemonFactory, eventually
 
 README = (ROOT / "README.md").read_text("utf-8")
 SECRET = "a secret of this test"
@@ -101,6 +101,19 @@ def test_files_go_from_run_to_run(daemon: DaemonFactory, tmp_path: Path) -> None
     assert out.strip() == _block("json", '"built for you"').strip()
 
 
+def test_commands_follow_each_other_in_a_run(daemon: DaemonFactory, tmp_path: Path) -> None:
+    started = daemon()
+    (block,) = _blocks("run exec")
+    out = _shell(block.replace("localhost:3000", f"localhost:{started.port}"), tmp_path)
+    seen = _objects(out.strip())
+    told = [json.loads(line) for line in _block("json", '"through').splitlines()]
+    assert [{**answer, "durationMs": 0} for answer in seen] == [{**answer, "durationMs": 0} for answer in told]
+    assert (tmp_path / "sorted").read_text() == "4\n3\n"
+    (run,) = started.request("GET", "/runs").json()
+    assert started.wait(run["id"])["reason"] == "cancelled"
+    assert eventually(lambda: not started.containers())
+
+
 PROGRAMS = {  # and what the grader sees: reason, exit code, whether the output is right
     "read a b; echo $((a + b))": ("exited", "0", "true"),
     "read a b; echo $((a - b))": ("exited", "0", "false"),
@@ -128,7 +141,7 @@ def test_a_class_is_graded(daemon: DaemonFactory, tmp_path: Path) -> None:
     assert seen == wanted
     assert all(int(line.split("\t")[-1]) <= 1200 for line in lines)
     reasons = re.findall(r"`(\w+)`", " ".join(re.findall(r"(?m)^\| (`.*?) \|", README[README.index("| result | verdict |") :])))
-    assert set(lightrun.REASONS) - {"stopped", "cancelled"} <= set(reasons)
+    assert set(lightrun.REASONS) - {"stopped", "cancelled", "idle"} <= set(reasons)
 
 
 @pytest.mark.parametrize("body", [b"", b'{"id": "1"}', "ü\n".encode()])
@@ -154,5 +167,5 @@ def test_the_token_command_makes_one_token(tmp_path: Path) -> None:
 
 def test_the_json_blocks_are_json() -> None:
     for block in re.findall(r"```json\n(.*?)```\n", README, re.DOTALL):
-        for value in block.splitlines() if block.startswith('{"event"') else [block]:
+        for value in block.splitlines() if block.startswith(('{"event"', '{"reason"')) else [block]:
             json.loads(value)

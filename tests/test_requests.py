@@ -152,7 +152,7 @@ TYPES = {
     "workdir": "string", "network": "string", "timeout": "integer", "memory": "integer string", "cpus": "integer fraction",
     "pids": "integer", "extract": "array", "extractOn": "string", "detached": "boolean", "callbackUrl": "string",
     "callbackSecret": "string", "fileSize": "integer string", "cpuTime": "integer", "outputLimit": "integer",
-    "splitLogs": "boolean",
+    "splitLogs": "boolean", "idle": "integer",
 }  # fmt: skip
 WRONG_TYPES = [(name, VALUES[kind]) for name, kinds in TYPES.items() for kind in VALUES if kind not in kinds.split()]
 BAD: list[tuple[str, Any]] = [
@@ -528,7 +528,7 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("max_artifacts_bytes", "0", 0), ("keep", "1", 1), ("extract_limit", "1GiB", 1 << 30), ("log_limit", "64k", 64 << 10),
     ("max_concurrent", "1", 1), ("queue", "0", 0), ("max_waiting", "2", 2), ("memory", "64m", 64 << 20), ("cpus", "0.5", 0.5),
     ("pids", "50", 50), ("file_size", "0", 0), ("file_size", "1m", 1 << 20),
-    ("warm", "a=2/none", ("a=2/none",)),
+    ("warm", "a=2/none", ("a=2/none",)), ("max_exec", "1", 1), ("max_timeout", "24h", 86400.0), ("max_timeout", "1ms", 0.001),
     ("runtime", "runsc", "runsc"), ("pull", "never", "never"), ("pull_timeout", "1m", 60.0),
     ("pull_timeout", "1.5s", 1.5), ("drain", "0s", 0.0), ("drain", "24h", 86400.0),
     ("allow_image", "a*", ("a*",)), ("allow_network", "n", ("n",)),
@@ -543,7 +543,9 @@ BAD_OPTIONS: list[tuple[str, str]] = [
     *[(name, value) for name in ("max_artifacts_bytes", "extract_limit", "file_size") for value in ("", "-1", "x")],
     *[("drain", value) for value in ("", "10", "-1s", "25h", "999999999h")],
     *[("pull_timeout", value) for value in ("", "10", "0s", "999999999h", "-1s", "x", "1d", "nan", "inf")],
-    *[(name, value) for name in ("keep", "max_concurrent", "max_waiting", "pids") for value in ("", "0", "-1", "x", "1.5")],
+    *[("max_timeout", value) for value in ("", "10", "0s", "25h")],
+    *[(name, value) for name in ("keep", "max_concurrent", "max_waiting", "max_exec", "pids")
+      for value in ("", "0", "-1", "x", "1.5")],
     *[("cpus", value) for value in ("", "0", "-1", "nan", "inf", "x")],
     *[("pull", value) for value in ("", "always ", "Never")],
     ("log_format", "xml"), ("queue", "-1"), ("token", ""), ("token_file", ""), ("host", ""), ("runtime", ""),
