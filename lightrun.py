@@ -177,6 +177,7 @@ BACKLOG = 1024  # of connections that are not accepted yet
 ACCEPT_PAUSE_SECONDS = 1  # when there is no descriptor for a connection
 COMPLAIN_SECONDS = 60  # how often it is said again
 MAX_HEADER_BYTES = 64 * KIB
+MAX_HOPS = 20  # of X-Forwarded-For that are looked at
 MAX_UNREAD_BYTES = 64 * KIB  # of an answer that waits for its reader in memory; larger ones wait in a file
 MAX_UNREAD_STREAM_BYTES = 512 * KIB  # the same for a stream, which has a place
 MAX_LOG_CHARACTERS = MIB  # of lines that wait for whoever reads standard error
@@ -184,7 +185,7 @@ LOG_FLUSH_SECONDS = 1  # what they get at the end
 M_ARENA_MAX = -8  # of mallopt(3)
 
 JSON, BYTES, TAR, EVENTS = "application/json", "application/octet-stream", "application/x-tar", "application/x-ndjson"
-FORM = "multipart/form-data"
+FORM, TEXT = "multipart/form-data", "text/plain"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Errors
@@ -321,6 +322,11 @@ def parse_warm(text: str) -> tuple[str, int, str | None]:
     return match[1], int(match[2]), match[3]
 
 
+def _is_network(text: str) -> bool:
+    return text == "unix" or bool(ipaddress.ip_network(text))
+
+
+_proxy = _cast(_text, _is_network, "an IP address, a network such as 10.0.0.0/8, or unix")
 _warm = _cast(_text, lambda text: bool(parse_warm(text)), f"IMAGE=N or IMAGE=N/NETWORK, with N from 1 to {MAX_WARM}")
 
 
@@ -347,6 +353,28 @@ def option(cast: Callable[[str], Any], default: Any, text: str, shown: str = "")
 
 
 @dataclasses.dataclass(frozen=True)
+class Token:
+    """A bearer token, and the name whose runs alone it sees; None sees all. A name may have several, so that they rotate."""
+
+    text: str
+    owner: str | None = None
+    limits: tuple[int | None, int | None] = (None, None)  # its containers at a time, and its runs that wait
+
+    @classmethod
+    def parse(cls, line: str, where: str) -> Token:
+        """`TOKEN`, or `NAME TOKEN [max=N] [queue=N]`. Raises UsageError, which tells nothing of a token."""
+        name, *rest = line.split()
+        if not rest:
+            return cls(name)
+        pairs = [word.partition("=")[::2] for word in rest[1:]]
+        limits = {option: int(text) for option, text in pairs if re.fullmatch("[0-9]{1,6}", text)}
+        sound = limits.keys() <= {"max", "queue"} and len(limits) == len(pairs) and limits.get("max") != 0
+        if not sound or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+            raise UsageError(f"{where}: must be TOKEN, or NAME TOKEN [max=N] [queue=N]")
+        return cls(rest[0], name, (limits.get("max"), limits.get("queue")))
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Every option of `lightrun serve`. Sizes in bytes, durations in seconds."""
 
@@ -355,7 +383,9 @@ class Settings:
     socket: Path | None = option(_path, None, "listen on this Unix socket instead of TCP")
     socket_mode: int = option(_mode, 0o600, "mode of the Unix socket", "0600")
     token: str | None = option(_text, None, "bearer token that every route but /health then needs", "open to everybody")
-    token_file: Path | None = option(_path, None, "file with bearer tokens, one a line, read at start and on SIGHUP")
+    token_file: Path | None = option(
+        _path, None, "file with a TOKEN, or a NAME TOKEN [max=N] [queue=N], in each line; read at start and on SIGHUP"
+    )
     body_limit: int = option(_bytes(KIB), 10 * MIB, "largest request body", "10 MiB")
     state_dir: Path = option(_path, Path("~/.light-run"), "database and lock", "~/.light-run")
     artifacts_dir: Path | None = option(_path, None, "where artifacts are kept", "<state-dir>/artifacts")
@@ -383,6 +413,10 @@ class Settings:
     callback_allow: tuple[str, ...] = option(_text, (), "callback host pattern; repeatable", "any but link-local")
     docker_host: str | None = option(_docker_host, None, "engine: unix:///path or tcp://host:port", "DOCKER_HOST or local")
     drain: float = option(_duration(0), 10.0, "what SIGTERM leaves to clients that wait", "10s")
+    trust_proxy: tuple[str, ...] = option(
+        _proxy, (), "address or network of a proxy whose X-Forwarded-For counts, or unix for the socket; repeatable", "none"
+    )
+    access_log: str = option(_one_of("on", "off"), "on", "a line of the log for each request: on or off")
     log_format: str = option(_one_of("text", "json"), "text", "text, or json: one object a line")
 
     def artifacts_root(self) -> Path:
@@ -393,17 +427,23 @@ class Settings:
         if sum(parse_warm(text)[1] for text in self.warm) > MAX_WARM:
             raise UsageError(f"--warm: must be at most {MAX_WARM} containers in all")
 
-    def tokens(self) -> list[str]:
-        """The bearer tokens, [] for an open server. Raises UsageError for a file that cannot be read or is empty."""
-        tokens = [self.token] if self.token else []
+    def tokens(self) -> list[Token]:
+        """The bearer tokens, [] for an open server. Raises UsageError for a file that cannot be read, understood or is empty."""
+        tokens = [Token(self.token)] if self.token else []
         if self.token_file:
             try:
                 lines = small_file(self.token_file).decode().splitlines()
             except (OSError, UnicodeError) as error:
                 raise UsageError(f"--token-file: cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from error
-            tokens += [line.strip() for line in lines if line.strip()]
-            if not tokens or not any(line.strip() for line in lines):
+            read = [Token.parse(line, f"--token-file: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+            if not read:
                 raise UsageError("--token-file: holds no token")
+            tokens += read
+        for first, second in itertools.combinations(tokens, 2):
+            if first.text == second.text and first != second:
+                raise UsageError("--token-file: a token stands there twice, for different names")
+            if first.owner == second.owner and first.limits != second.limits:
+                raise UsageError(f"--token-file: the lines of {first.owner} have different limits")
         return tokens
 
 
@@ -414,6 +454,7 @@ class Settings:
 _SEGMENTS = r"^(?![\s\S]*(?:^|/)\.{0,2}(?:/|$))[^\\\u0000]+$"  # relative, without empty, `.` and `..` segments
 _NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_LABEL = r"^[A-Za-z0-9._/-]{1,63}$"
 _ARTIFACT = r"^[a-z0-9_-]{36,100}/(?:(?!\.{1,2}(?:/|$))[^/\u0000]+/)*(?:(?!\.{1,2}$)[^/\u0000]+)?$"
 _BASE64 = r"^[A-Za-z0-9+/]*={0,2}$"
 _SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
@@ -506,6 +547,14 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "description": "Bytes of stdout and stderr together; with more the run is killed, and only so many are told.",
         },
         "splitLogs": {"type": "boolean", "default": False, "description": "The state has stdout and stderr in place of logs."},
+        "labels": {
+            "type": "object", "maxProperties": 32,
+            "propertyNames": {"pattern": _LABEL, "says": "must be 1 to 63 letters, digits or any of . _ / -"},
+            "additionalProperties": {
+                "type": "string", "maxLength": 256, "format": "printable", "says": "must be printable characters",
+            },
+            "description": "Shown in the state, in lists, callbacks and the log; ?label=name=value filters lists. Never secret.",
+        },
         "extract": {
             "type": "array", "maxItems": 20,
             "items": {"anyOf": [path, {
@@ -589,6 +638,7 @@ def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
         "callback-url": _good_url,
         "callback-secret": lambda text: not text.startswith("whsec_") or bool(_is_base64(text[6:])),
         "base64": _is_base64,
+        "printable": str.isprintable,
     }
 
 
@@ -881,6 +931,7 @@ class RunRequest:
     tar: Part | None = None  # of the upload, to be unpacked in the workdir
     setup: int = 0  # commands before the entrypoint
     idle: float | None = None  # seconds without an exec
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def parse(cls, raw: bytes, settings: Settings, metered: bool = True, upload: Upload | None = None) -> RunRequest:
@@ -942,6 +993,7 @@ class RunRequest:
             tar=tar,
             setup=len(setup),
             idle=body["idle"] / 1000 if "idle" in body else None,
+            labels=body.get("labels", {}),
         )
 
     @property
@@ -1253,6 +1305,8 @@ class Run:
     usage: dict[str, int] = dataclasses.field(default_factory=dict)
     warm: bool = False  # its container was started before
     split_logs: bool = False  # the state has stdout and stderr apart
+    owner: str | None = None  # the name of the token that it came with; told to those who see all
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -1273,6 +1327,8 @@ class Run:
             "status": self.status,
             "phase": None if final else self.phase,
             "reason": self.reason,
+            "owner": self.owner,
+            "labels": self.labels or None,
             "image": self.image,
             "imageId": self.image_id,
             "createdAt": timestamp(self.created),
@@ -1293,7 +1349,8 @@ class Run:
     @classmethod
     def from_head(cls, head: dict[str, Any], waited: bool) -> Run:
         """An unfinished run as it was accepted."""
-        return cls(head["id"], head["image"], parse_timestamp(head["createdAt"]), waited, callback=head.get("callback"))
+        run = cls(head["id"], head["image"], parse_timestamp(head["createdAt"]), waited, callback=head.get("callback"))
+        return dataclasses.replace(run, owner=head.get("owner"), labels=head.get("labels", {}))
 
     def tail(self) -> dict[str, Any]:
         """What the state shows beside the head, kept apart from it since it can be long."""
@@ -1360,10 +1417,30 @@ CREATE TABLE execs (  -- those that go on: what the next daemon needs to end the
     pid INTEGER NOT NULL  -- in the run's container
 ) WITHOUT ROWID;
 """,
+    """
+ALTER TABLE runs ADD COLUMN owner TEXT;  -- the name of the token that it came with
+CREATE TABLE facets (facet TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (facet, seq)) WITHOUT ROWID;  -- see facets()
+""",
 )
 
 
 WEIGH = "UPDATE kept SET bytes = bytes + ?, runs = runs + ?"
+
+
+def facet(owner: str | None, status: str | None, label: tuple[str, str] | None, callback: str | None) -> str:
+    """What a list is filtered by, as one text."""
+    return to_json([owner, status, label, callback]).decode()
+
+
+def facets(head: Mapping[str, Any] | None) -> set[str]:
+    """All that lists can be filtered by to have a run in them, but nothing and a status alone, which are columns. So each list
+    is one range of one index, however much there is; a run without owner and labels has none."""
+    if head is None:
+        return set()
+    failed = {"failed"} & {head.get("callback", {}).get("status")}
+    owners, labels = {None, head.get("owner")}, [None, *head.get("labels", {}).items()]
+    found = itertools.product(owners, {None, head["status"]}, labels, {None, *failed})
+    return {facet(*each) for each in found} - {facet(None, status, None, None) for status in (None, head["status"])}
 
 
 class Store:
@@ -1456,13 +1533,28 @@ class Store:
         try:
             with self._transaction(durable=request is not None) as execute:
                 execute(
-                    "INSERT INTO runs (id, status, waited, owed, key, digest, head) VALUES (?, 'running', ?, ?, ?, ?, ?)",
-                    run.id, run.waited, run.callback is not None, key, digest, to_json(run.head()).decode(),
+                    "INSERT INTO runs (id, status, waited, owed, key, digest, head, owner)"
+                    " VALUES (?, 'running', ?, ?, ?, ?, ?, ?)",
+                    run.id, run.waited, run.callback is not None, key, digest, to_json(run.head()).decode(), run.owner,
                 )  # fmt: skip
+                self._file(execute, run.id, None, run.head())
         except (Unavailable, StorageUncertain):  # should it be there all the same, the next start refuses it
             self._drop_secret(run.id)
             self._drop_secret(f"{run.id}.upload")
             raise
+
+    @staticmethod
+    def _file(
+        execute: Callable[..., sqlite3.Cursor], run_id: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
+    ) -> None:
+        """Part of a transaction that changes a run's head: in which lists it is."""
+        old, new = facets(before), facets(after)
+        if old != new:
+            seq = execute("SELECT seq FROM runs WHERE id = ?", run_id).fetchone()[0]
+            for each in old - new:
+                execute("DELETE FROM facets WHERE facet = ? AND seq = ?", each, seq)
+            for each in new - old:
+                execute("INSERT INTO facets VALUES (?, ?)", each, seq)
 
     def _keep_upload(self, name: str, upload: Upload) -> None:
         """Keep an upload, without a copy when it is in a file already. Raises Unavailable."""
@@ -1519,7 +1611,8 @@ class Store:
         known = {run_id for (run_id,) in self._all("SELECT id FROM runs")}
         needed = {run_id for (run_id,) in self._all("SELECT id FROM runs WHERE status = 'running'")}
         needed |= {f"{run_id}.upload" for run_id in needed}
-        needed |= {f"{run_id}.callback" for run_id, _, _ in self.owed()}
+        failed = self._all("SELECT id FROM facets JOIN runs USING (seq) WHERE facet = ?", facet(None, None, None, "failed"))
+        needed |= {f"{run_id}.callback" for run_id, *_ in (*self.owed(), *failed)}
         for path in self._secrets.iterdir():
             if path.name not in needed:
                 self._drop_secret(path.name)
@@ -1582,6 +1675,7 @@ class Store:
             end = "UPDATE runs SET status = ?, size = ?, head = ?, asked = NULL WHERE id = ? AND status = 'running'"
             if execute(end, run.status, size, head, run.id).rowcount:  # not so when an earlier try was written after all
                 execute("INSERT INTO details VALUES (?, ?, ?)", run.id, tail, frames)
+                self._file(execute, run.id, {**run.head(), "status": "running"}, run.head())
                 execute(WEIGH, size, 1)
         self._drop_secret(run.id)
         self._drop_secret(f"{run.id}.upload")
@@ -1595,19 +1689,35 @@ class Store:
         with self._transaction(durable=False) as execute:
             row = execute("SELECT head FROM runs WHERE id = ?", run_id).fetchone()
             if row:
-                head = to_json({**json.loads(row[0]), "callback": callback}).decode()
-                execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", due is not None, due or 0, head, run_id)
-        if due is None:
+                before = json.loads(row[0])
+                after, owed = {**before, "callback": callback}, callback["status"] == "pending"
+                head = to_json(after).decode()
+                execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", owed, due or 0, head, run_id)
+                self._file(execute, run_id, before, after)
+        if callback["status"] == "delivered":  # a failed one may be sent again
             self._drop_secret(f"{run_id}.callback")
+
+    def owe_again(self, run_id: str) -> bool:
+        """Record that a callback that has failed is owed again; false when it has not."""
+        with self._transaction(durable=True) as execute:
+            row = execute("SELECT head FROM runs WHERE id = ? AND status != 'running'", run_id).fetchone()
+            before = json.loads(row[0]) if row else {}
+            if before.get("callback", {}).get("status") != "failed":
+                return False
+            after = {**before, "callback": {"status": "pending", "attempts": 0}}
+            execute("UPDATE runs SET owed = 1, due = 0, head = ? WHERE id = ?", to_json(after).decode(), run_id)
+            self._file(execute, run_id, before, after)
+        return True
 
     def delete(self, run_id: str) -> None:
         """Forget a finished run. Raises NotFound, Conflict."""
         with self._transaction(durable=True) as execute:
-            row = execute("SELECT status, size FROM runs WHERE id = ?", run_id).fetchone()
+            row = execute("SELECT status, size, head FROM runs WHERE id = ?", run_id).fetchone()
             if row is None:
                 raise NotFound("there is no such run")
             if row[0] == "running":
                 raise Conflict("the run is still running", "running")
+            self._file(execute, run_id, json.loads(row[2]), None)
             execute("DELETE FROM runs WHERE id = ?", run_id)
             execute(WEIGH, -row[1], -1)
         self._drop_secret(f"{run_id}.callback")
@@ -1625,12 +1735,30 @@ class Store:
         """The kept log of a finished run. Raises NotFound."""
         return bytes(self._one("SELECT frames FROM details WHERE id = ?", run_id)[0])
 
-    def heads(self, status: str | None, before: str | None, limit: int) -> list[str]:
-        """The JSON of up to `limit` heads, newest first. Raises NotFound for an unknown `before`."""
+    def owner(self, run_id: str) -> str | None:
+        """Whose run it is. Raises NotFound."""
+        owner: str | None = self._one("SELECT owner FROM runs WHERE id = ?", run_id)[0]
+        return owner
+
+    def heads(
+        self, status: str | None, before: str | None, limit: int, owner: str | None = None,
+        label: tuple[str, str] | None = None, callback: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """The JSON of up to `limit` heads, newest first. Raises NotFound for a `before` that is unknown, or another owner's."""
+        if before and owner is not None and self.owner(before) != owner:
+            raise NotFound("there is no such run")
         top = self._one("SELECT seq FROM runs WHERE id = ?", before)[0] if before else sys.maxsize
-        where, values = ("AND status = ?", [status]) if status else ("", [])
-        rows = self._all(f"SELECT head FROM runs WHERE seq < ? {where} ORDER BY seq DESC LIMIT ?", top, *values, limit)
+        source, where, values = "runs", "", []
+        if owner is not None or label or callback:
+            source, where, values = "facets JOIN runs USING (seq)", "AND facet = ?", [facet(owner, status, label, callback)]
+        elif status:
+            where, values = "AND status = ?", [status]
+        rows = self._all(f"SELECT head FROM {source} WHERE seq < ? {where} ORDER BY seq DESC LIMIT ?", top, *values, limit)
         return [head for (head,) in rows]
+
+    def callbacks_owed(self) -> int:
+        """How many finished runs owe a callback."""
+        return int(self._one("SELECT count(*) FROM runs WHERE owed AND status != 'running'")[0])
 
     def usage(self) -> tuple[int, int]:
         """Bytes and number of finished runs."""
@@ -3103,6 +3231,7 @@ class Engine:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
         self._shared = types.SimpleNamespace(api="", about={}, network_ready=False)  # by all views, once it is known
+        self.failures: collections.Counter[str] = collections.Counter()  # calls without an answer (absent), or of a 5xx (error)
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
 
@@ -3119,6 +3248,19 @@ class Engine:
     ) -> Reply:  # fmt: skip
         """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
         connection and an answer of another kind raise."""
+        try:
+            return self._exchange(method, path, expected, query, body, seconds, headers)
+        except Refused as error:
+            self.failures["error"] += error.status >= 500
+            raise
+        except (OSError, http.client.HTTPException, ValueError):
+            self.failures["absent"] += 1
+            raise
+
+    def _exchange(
+        self, method: str, path: str, expected: tuple[int, ...], query: Mapping[str, Any] | None,
+        body: bytes | dict[str, Any] | Iterator[bytes] | None, seconds: float, headers: Mapping[str, str] | None,
+    ) -> Reply:  # fmt: skip
         data = to_json(body) if isinstance(body, dict) else body or b""
         target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
         with contextlib.ExitStack() as opened:
@@ -4335,6 +4477,11 @@ class Pools:
             return False
         return True
 
+    def waiting(self) -> int:
+        """How many containers wait."""
+        with self._lock:
+            return len(self._ready)
+
     def discard(self, warm: Warm) -> None:
         """Let go of a warm container. What cannot be removed is left to the keeper."""
         warm.close()
@@ -4591,6 +4738,7 @@ class Callbacks:
         self._changed = threading.Condition()  # guards all below
         self._due: list[Delivery] = []  # a heap of all that are neither parked nor attempted now
         self._busy = 0  # attempts
+        self.counts = dict.fromkeys(("delivered", "retried", "failed"), 0)  # attempts by outcome
         self._receivers: weakref.WeakValueDictionary[str, Receiver] = weakref.WeakValueDictionary()
         longest = max(CALLBACK_DELAYS[-1] * CALLBACK_JITTER, MAX_RETRY_AFTER_SECONDS)
         for run_id, due, head in store.owed():  # `due` is of a clock that may have been set since
@@ -4606,6 +4754,13 @@ class Callbacks:
         """Deliver what the store keeps for this run, in `delay` seconds."""
         with self._changed:
             self._put(Delivery(0, run_id, attempts), delay)
+
+    def send_again(self, run_id: str) -> None:
+        """Deliver a callback that has failed once more, in a new series of attempts. Raises Conflict where none has."""
+        if self._store.callback(run_id) is None:
+            raise Conflict("the run has no callback that is kept, or it was delivered", "no_callback")
+        if self._store.owe_again(run_id):
+            self.owe(run_id)
 
     def _put(self, delivery: Delivery, delay: float) -> None:
         """Under the lock."""
@@ -4658,6 +4813,8 @@ class Callbacks:
         delay = None
         try:
             outcome, delay = self._outcome(delivery, packed)
+            with self._changed:
+                self.counts["retried" if delay is not None else outcome["status"]] += 1
             self._record(delivery.run_id, outcome, delay)
         finally:
             with self._changed:
@@ -4724,6 +4881,7 @@ class Evictor:
         self._lock = threading.Lock()  # one eviction at a time, or two would count the same excess
         self._held_lock = threading.Lock()  # guards all below; no record is removed without it
         self._held: collections.Counter[str] = collections.Counter()
+        self.evicted = 0  # runs
         self._uploads = 0  # bytes of uploads of runs that have not started
 
     def hold(self, run_ids: Iterable[str], upload: Upload | None) -> contextlib.ExitStack:
@@ -4754,7 +4912,8 @@ class Evictor:
             for run_id in choose_victims(candidates, just_finished, *excess):
                 with contextlib.suppress(NotFound, Conflict):  # deleted by a client meanwhile, or held
                     self.remove(run_id)
-                    log.info("evicted run %s", run_id)
+                    self.evicted += 1
+                    log.info("evicted run %s", run_id, extra={"fields": {"run": run_id}})
 
     def remove(self, run_id: str) -> None:
         """Remove a finished run. The record goes first: a folder without one is recognised and removed at the next
@@ -4764,6 +4923,104 @@ class Evictor:
                 raise Conflict("a run that has not started refers to its artifacts", "in_use")
             self._store.delete(run_id)
         remove_tree(self._root / run_id)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics: what an operator counts
+# --------------------------------------------------------------------------------------------------------------------
+
+METRICS = {  # name: kind, label, help. No label has values that a client can choose
+    "lightrun_build_info": ("gauge", "version", "1, with the version of lightrun."),
+    "lightrun_runs": ("gauge", "phase", "Runs in progress by phase."),
+    "lightrun_runs_total": ("counter", "reason", "Runs that have ended, by reason."),
+    "lightrun_run_phase_seconds": ("histogram", "phase", "Time that runs which have ended spent in each phase."),
+    "lightrun_places": ("gauge", "", "Places for runs: containers at a time, and runs that may wait."),
+    "lightrun_places_taken": ("gauge", "", "Places that runs have."),
+    "lightrun_waiting_places": ("gauge", "", "Places for requests that wait or stream."),
+    "lightrun_waiting_places_taken": ("gauge", "", "Places that such requests have."),
+    "lightrun_execs_total": ("counter", "reason", "Commands in running runs that have ended, by reason."),
+    "lightrun_warm_starts_total": ("counter", "outcome", "Runs by what the pools had for them: hit, or what was in the way."),
+    "lightrun_warm_containers": ("gauge", "", "Warm containers that wait."),
+    "lightrun_requests_total": ("counter", "route status", "Answers by route and status; 499 is a client that left."),
+    "lightrun_callback_attempts_total": ("counter", "outcome", "Attempts at a callback: delivered, retried later, failed."),
+    "lightrun_callbacks_owed": ("gauge", "", "Callbacks that are still to be delivered."),
+    "lightrun_stored_runs": ("gauge", "", "Finished runs that are kept."),
+    "lightrun_stored_bytes": ("gauge", "", "Bytes of artifacts, logs and records that are kept."),
+    "lightrun_evictions_total": ("counter", "", "Runs that were removed to stay under the caps."),
+    "lightrun_engine_up": ("gauge", "", "Whether the engine answered when it was last asked."),
+    "lightrun_engine_errors_total": ("counter", "kind", "Calls to the engine without an answer (absent), or with a 5xx (error)."),
+    "process_resident_memory_bytes": ("gauge", "", "Resident memory."),
+    "process_open_fds": ("gauge", "", "Open file descriptors."),
+    "process_max_fds": ("gauge", "", "File descriptors that may be open."),
+    "process_threads": ("gauge", "", "Threads."),
+    "process_cpu_seconds_total": ("counter", "", "CPU time, user and system."),
+}
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1200, 3600)  # seconds
+
+
+class Metrics:
+    """Counters and histograms since the start, and the text that Prometheus reads. Source: prometheus.io/docs/instrumenting/
+    exposition_formats."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards all below
+        self._counts: collections.Counter[tuple[str, tuple[object, ...]]] = collections.Counter()
+        self._times: dict[tuple[str, object], list[float]] = {}  # for each bucket how many fell into it, and the sum
+
+    def count(self, name: str, *values: object) -> None:
+        """One more, with these values of its labels."""
+        with self._lock:
+            self._counts[name, values] += 1
+
+    def observe(self, name: str, seconds: float, value: object) -> None:
+        """One more that took so long."""
+        at = next((number for number, bound in enumerate(BUCKETS) if seconds <= bound), len(BUCKETS))
+        with self._lock:
+            times = self._times.setdefault((name, value), [0.0] * (len(BUCKETS) + 2))
+            times[at] += 1
+            times[-1] += seconds
+
+    def text(self, figures: Mapping[str, Mapping[tuple[object, ...], float]]) -> str:
+        """All of them, and figures by name and values of labels."""
+        with self._lock:
+            counts, times = dict(self._counts), {key: list(times) for key, times in self._times.items()}
+        lines = []
+        for name, (kind, label, text) in METRICS.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+            names = label.split()
+            found = {values: number for (known, values), number in counts.items() if known == name} | dict(figures.get(name, {}))
+            lines += [f"{name}{_labels(names, values)} {_number(number)}" for values, number in found.items()]
+            for (known, value), spent in times.items():
+                if known == name:
+                    sums = itertools.accumulate(spent[:-1])
+                    bounds = (*map(_number, BUCKETS), "+Inf")
+                    lines += [f"{name}_bucket{_labels([*names, 'le'], (value, bound))} {_number(total)}"
+                              for bound, total in zip(bounds, sums, strict=True)]  # fmt: skip
+                    lines.append(f"{name}_sum{_labels(names, (value,))} {_number(spent[-1])}")
+                    lines.append(f"{name}_count{_labels(names, (value,))} {_number(sum(spent[:-1]))}")
+        return "\n".join(lines) + "\n"
+
+
+def _labels(names: Sequence[str], values: Sequence[object]) -> str:
+    pairs = [f'{name}="{value}"' for name, value in zip(names, values, strict=True)]
+    return "{" + ",".join(pairs) + "}" if pairs else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(float(value))
+
+
+def process_figures() -> dict[str, dict[tuple[object, ...], float]]:
+    """Of this process, as Linux tells them. Source: proc(5)."""
+    used, most = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    figures: dict[str, float] = {"process_cpu_seconds_total": used.ru_utime + used.ru_stime}
+    figures["process_threads"] = threading.active_count()
+    figures |= {"process_max_fds": most} if most >= 0 else {}
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        figures["process_resident_memory_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        figures["process_open_fds"] = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    return {name: {(): value} for name, value in figures.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -5026,51 +5283,79 @@ class Job:
 
 
 class Places:
-    """The places of runs: so many at a time, and so many that wait behind them in the order of acceptance. A place is
-    taken before a run is recorded and given back when its container is gone. Each run that has one runs on a thread."""
+    """The places of runs: so many at a time, and so many that wait behind them. A place is taken before a run is recorded and
+    given back when its container is gone. Each run that has one runs on a thread.
 
-    def __init__(self, most: int, waiting: int, execute: Callable[[Job], None]) -> None:
-        self._most, self._waiting, self._execute = most, waiting, execute
+    Places go round the names that wait (runs without a name are one more), and for each in the order of acceptance: so no
+    backlog holds up another name. `limits` tells how many a name may have, and how many may wait."""
+
+    def __init__(
+        self, most: int, waiting: int, execute: Callable[[Job], None],
+        limits: Callable[[str | None], tuple[int | None, int | None]],
+    ) -> None:  # fmt: skip
+        self._most, self._waiting, self._execute, self._limits = most, waiting, execute, limits
         self._lock = threading.Lock()  # guards all below
-        self._taken = 0
+        self._taken: collections.Counter[str | None] = collections.Counter()  # by name
+        self._running: collections.Counter[str | None] = collections.Counter()
         self._workers = 0
-        self._queue: collections.deque[Job] = collections.deque()
+        self._urgent: collections.deque[Job] = collections.deque()  # have a container, or only have to end
+        self._queues: dict[str | None, collections.deque[Job]] = {}  # of names that wait, that whose turn it is first
 
-    def take(self, unasked: bool = False) -> None:
-        """Take a place, even if there is none. Raises Unavailable."""
+    def take(self, owner: str | None, unasked: bool = False) -> None:
+        """Take a place, even if there is none. Raises Unavailable, which says whose limit it was."""
         with self._lock:
-            if not unasked and self._taken >= self._most + self._waiting:
+            waiting = self._limits(owner)[1]
+            if not unasked and self._taken.total() >= self._most + self._waiting:
                 raise Unavailable("busy", "all places for running and queued runs are taken")
-            self._taken += 1
+            waits = self._taken[owner] - self._running[owner]
+            if not unasked and waiting is not None and waits >= waiting and not self._starts_at_once(owner):
+                raise Unavailable("busy", f"{waiting} runs of {owner} may wait, and as many do")
+            self._taken[owner] += 1
 
-    def give_back(self) -> None:
+    def _starts_at_once(self, owner: str | None) -> bool:
+        """Under the lock: whether one more run of this name would have a worker."""
+        return self._workers < self._most and not self._queues and self._may_run(owner)
+
+    def _may_run(self, owner: str | None) -> bool:
+        most = self._limits(owner)[0]
+        return most is None or self._running[owner] < most
+
+    def give_back(self, owner: str | None) -> None:
         """Give a place back."""
         with self._lock:
-            self._taken -= 1
+            self._taken[owner] -= 1
 
     def enqueue(self, job: Job) -> None:
         """Run a job that has a place when its turn comes."""
         with self._lock:
-            self._queue.append(job)
+            self._queues.setdefault(job.run.owner, collections.deque()).append(job)
         self.hire()
 
     def at_once(self, job: Job) -> None:
         """Run a job whose container is there already, or which only has to end, if it waits."""
         with self._lock:
-            if job not in self._queue:
+            if job not in self._queues.get(job.run.owner, ()):
                 return
-            self._queue.remove(job)
-            self._queue.appendleft(job)
+            self._dequeue(job.run.owner, job)
+            self._urgent.append(job)
             self._workers += 1
         self._spawn()
 
+    def _dequeue(self, owner: str | None, job: Job) -> None:
+        """Under the lock: take a job of a name, which then has to wait for its next turn."""
+        waiting = self._queues.pop(owner)
+        waiting.remove(job)
+        if waiting:
+            self._queues[owner] = waiting
+
     def hire(self) -> None:
-        """One more worker, if there is work for him and there may be one."""
+        """More workers, as many as there is work for and there may be."""
         with self._lock:
-            if not self._queue or self._workers >= self._most:
-                return
-            self._workers += 1
-        self._spawn()
+            free = self._most - self._workers
+            new = min(free, sum(len(waiting) for owner, waiting in self._queues.items() if self._may_run(owner)))
+            self._workers += max(0, new)
+        for _ in range(new):
+            self._spawn()
 
     def _spawn(self) -> None:
         try:
@@ -5080,28 +5365,45 @@ class Places:
             with self._lock:
                 self._workers -= 1
 
+    def _next(self) -> Job | None:
+        """Under the lock: the job whose turn it is; None when none may run."""
+        if self._urgent:
+            return self._urgent.popleft()
+        for owner, waiting in self._queues.items():
+            if self._may_run(owner):
+                job = waiting[0]
+                self._dequeue(owner, job)
+                return job
+        return None
+
     def _work(self) -> None:
-        """A worker: one run after the other until none is queued."""
+        """A worker: one run after the other until there is none for it."""
         while True:
             with self._lock:
-                if not self._queue:
+                if (job := self._next()) is None:
                     self._workers -= 1
                     return
-                job = self._queue.popleft()
+                self._running[job.run.owner] += 1
             try:
                 self._execute(job)
             except Exception:
                 log.exception("run %s", job.run.id)
             with self._lock:
-                self._taken -= 1
+                self._taken[job.run.owner] -= 1
+                self._running[job.run.owner] -= 1
                 if self._workers > self._most:
                     self._workers -= 1
                     return
 
+    def taken(self) -> int:
+        """How many places are taken."""
+        with self._lock:
+            return self._taken.total()
+
     def queued(self) -> int:
         """How many runs wait."""
         with self._lock:
-            return len(self._queue)
+            return len(self._urgent) + sum(map(len, self._queues.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -5188,10 +5490,13 @@ class Pulls:
 class Runner:
     """Sees every run to its end: one line for each, which can be entered where an earlier try or daemon left it."""
 
-    def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks) -> None:
-        self._settings, self._store, self._engine = settings, store, engine
+    def __init__(
+        self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks, metrics: Metrics
+    ) -> None:
+        self._settings, self._store, self._engine, self.metrics = settings, store, engine, metrics
         self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
-        self._places = Places(settings.max_concurrent, settings.queue, self._execute)
+        self._limits: dict[str | None, tuple[int | None, int | None]] = {}  # of names, replaced as a whole
+        self.places = Places(settings.max_concurrent, settings.queue, self._execute, self._limits_of)
         self._pulls = Pulls(engine, settings.pull_timeout)
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
@@ -5204,20 +5509,30 @@ class Runner:
 
     # -- taking runs in, and looking at them
 
+    def _limits_of(self, owner: str | None) -> tuple[int | None, int | None]:
+        return self._limits.get(owner, (None, None))
+
+    def limit(self, tokens: Iterable[Token]) -> None:
+        """From now on these are the limits of names."""
+        self._limits = {token.owner: token.limits for token in tokens}
+        self.places.hire()
+
     def submit(
-        self, request: RunRequest, key: str | None, digest: Callable[[], str], upload: Upload | None = None
-    ) -> tuple[str, Job | None]:
+        self, request: RunRequest, key: str | None, digest: Callable[[], str], upload: Upload | None = None,
+        owner: str | None = None,
+    ) -> tuple[str, Job | None]:  # fmt: skip
         """Accept a run, and take its upload over: its id, which is recorded then, and itself, None when it has ended. With the
         idempotency key of another run, that one, if what was sent has the same digest. Raises Unavailable, Conflict,
         BadRequest for a tree that cannot be put."""
         if key is None:
-            job = self._accept(request, None, "", upload)
+            job = self._accept(request, None, "", upload, owner)
             return job.run.id, job
         mine = digest()
+        key = key if owner is None else f"{owner}\n{key}"  # keys are of one name; none holds a newline
         with self._key_lock:
             known = self._store.find_key(key)
             if known is None:
-                job = self._accept(request, key, mine, upload)
+                job = self._accept(request, key, mine, upload, owner)
                 return job.run.id, job
         run_id, known_digest = known
         if known_digest != mine:
@@ -5226,20 +5541,20 @@ class Runner:
             upload.close()
         return run_id, self.job(run_id)
 
-    def _accept(self, request: RunRequest, key: str | None, digest: str, upload: Upload | None) -> Job:
+    def _accept(self, request: RunRequest, key: str | None, digest: str, upload: Upload | None, owner: str | None) -> Job:
         if self.stopping:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         if not self._keeper.engine_up:
             raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
         waited = not request.detached and key is None
-        run = Run(str(uuid.uuid4()), request.image, time.time(), waited=waited, callback=callback)
+        run = Run(str(uuid.uuid4()), request.image, time.time(), waited, callback=callback, owner=owner, labels=request.labels)
         with contextlib.ExitStack() as undone:
             held = undone.enter_context(self._hold(request, upload))
-            tree = self._tree(request, upload)
+            tree = self.tree(request, upload, owner)
             tree.check()
-            self._places.take()
-            undone.callback(self._places.give_back)
+            self.places.take(owner)
+            undone.callback(self.places.give_back, owner)
             job = self._enter(run, request, tree, held)
             undone.callback(self._leave, job)
             self._store.add(run, key, digest, None if waited else request.pack(), upload)
@@ -5247,19 +5562,22 @@ class Runner:
         if upload:
             with contextlib.suppress(Unavailable):
                 self._evictor.evict("")
-        self._places.enqueue(job)
+        self.places.enqueue(job)
         return job
 
     def _hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
         """What a run refers to, until it has started."""
         return self._evictor.hold([each.run_id for each in request.contents() if isinstance(each, Reference)], upload)
 
-    def _tree(self, request: RunRequest, upload: Upload | None) -> Tree:
-        return Tree(request, upload, self._settings.artifacts_root(), self._artifacts)
+    def tree(self, request: RunRequest, upload: Upload | None, owner: str | None) -> Tree:
+        """What goes into a container of this owner's."""
 
-    def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
-        """What a run that has ended has kept. Raises NotFound."""
-        return list(self._store.tail(run_id).get("artifacts", []))
+        def artifacts(run_id: str) -> list[dict[str, Any]]:
+            if owner is not None and self._store.owner(run_id) != owner:
+                raise NotFound("there is no such run")
+            return list(self._store.tail(run_id).get("artifacts", []))
+
+        return Tree(request, upload, self._settings.artifacts_root(), artifacts)
 
     def _enter(self, run: Run, request: RunRequest, tree: Tree, held: contextlib.ExitStack) -> Job:
         """A job for everybody to see, before there is a record, of which half would be here. Raises Unavailable."""
@@ -5285,7 +5603,7 @@ class Runner:
             run = Run.from_head(json.loads(head), bool(waited))
             packed = self._store.request(run.id)  # a waiting client's is not stored
             request, upload = RunRequest.unpack(packed, run.image), self._store.upload(run.id)
-            job = Job(run, request, self._settings, self._tree(request, upload), self._hold(request, upload))
+            job = Job(run, request, self._settings, self.tree(request, upload, run.owner), self._hold(request, upload))
             job.take_up(bool(begun), bool(fed))
             if warm:
                 job.give_to(hand_out := HandOut(**json.loads(warm)))
@@ -5295,12 +5613,12 @@ class Runner:
                 job.ask(ask)
             with self._lock:
                 self._jobs[run.id] = job
-            self._places.take(unasked=True)
-            self._places.enqueue(job)
+            self.places.take(run.owner, unasked=True)
+            self.places.enqueue(job)
             if job.begun or job.asked:
-                self._places.at_once(job)
+                self.places.at_once(job)
         self.slots.sweep()
-        self._keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self._places.hire)
+        self._keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self.places.hire)
         if self._settings.warm:
             self.pools.start()
             self._deaths.start()
@@ -5334,11 +5652,21 @@ class Runner:
         as it saves."""
         with self._lock:
             starting = sum(job.run.phase == "starting" for job in self._jobs.values())
-        return self._places.queued() > 0 or starting >= self._engine.about().get("NCPU", 1)
+        return self.places.queued() > 0 or starting >= self._engine.about().get("NCPU", 1)
+
+    def phases(self) -> dict[str, int]:
+        """How many runs in progress are in each phase."""
+        with self._lock:
+            return collections.Counter(job.run.phase for job in self._jobs.values())
+
+    @property
+    def engine_up(self) -> bool:
+        """Whether the engine answered when it was last asked."""
+        return self._keeper.engine_up
 
     def counts(self) -> tuple[int, int]:
         """Runs that have a worker, and runs that wait for one."""
-        queued = self._places.queued()
+        queued = self.places.queued()
         with self._lock:
             return max(0, len(self._jobs) - queued), queued
 
@@ -5353,7 +5681,7 @@ class Runner:
                 self._store.ask(run_id, ask.recorded)
         finally:  # with a full disk too: what ends a run makes room
             job.ask(ask)
-        self._places.at_once(job)
+        self.places.at_once(job)
 
     @contextlib.contextmanager
     def attended(self, job: Job | None) -> Iterator[None]:
@@ -6029,7 +6357,8 @@ class Runner:
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
         )
-        state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else None
+        state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}
+        state.pop("owner", None)
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
         self._insist(job, lambda: self._store.finish(run, frames, packed))
         if not run.artifacts:
@@ -6041,9 +6370,22 @@ class Runner:
         job.log.nudge(ended=True)
         job.close_streams()
         job.held.close()
-        log.info("run %s %s (%s)%s", run.id, run.status, run.reason, "".join(f" {name}={n}" for name, n in run.usage.items()))
+        self._tell_end(run)
         if run.callback:
             self._callbacks.owe(run.id)
+
+    def _tell_end(self, run: Run) -> None:
+        """One line of the log, and what is counted of it."""
+        self.metrics.count("lightrun_runs_total", run.reason)
+        for phase, spent in run.timings.items():
+            self.metrics.observe("lightrun_run_phase_seconds", spent / 1000, phase)
+        head = run.head()
+        told = ("status", "reason", "image", "owner", "labels", "exitCode", "error", "durationMs", "timings", "usage", "warm")
+        fields = {"run": run.id, **{name: head[name] for name in told if name in head}}
+        usage = "".join(f" {name}={n}" for name, n in run.usage.items())
+        code = "" if run.exit_code is None else f" exitCode={run.exit_code}"
+        took = f" durationMs={head['durationMs']}"
+        log.info("run %s %s (%s)%s%s%s", run.id, run.status, run.reason, code, took, usage, extra={"fields": fields})
 
     def refuse(self) -> None:
         """Take no more runs."""
@@ -6148,14 +6490,20 @@ ATTACH_BROKE = 126  # what an engine says of a command whose output it could not
 class Execs:
     """Runs commands in containers of runs, each on a thread from its start to its end."""
 
-    def __init__(self, settings: Settings, store: Store, engine: Engine, evictor: Evictor) -> None:
-        self._settings, self._store, self._engine, self._evictor = settings, store, engine, evictor
+    def __init__(
+        self, settings: Settings, store: Store, engine: Engine, evictor: Evictor,
+        tree: Callable[[RunRequest, None, str | None], Tree], metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self._settings, self._store, self._engine, self._evictor, self._tree = settings, store, engine, evictor, tree
+        self._metrics, self.stopping = metrics, False
         self._lock = threading.Lock()  # guards _going_on
         self._going_on: set[Exec] = set()
 
     def admit(self, job: Job, request: RunRequest) -> Exec:
         """A command that has a place in its run, and is to be started. Raises Conflict, Unavailable, BadRequest."""
-        tree = Tree(request, None, self._settings.artifacts_root(), self._artifacts)
+        if self.stopping:
+            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
+        tree = self._tree(request, None, job.run.owner)
         tree.check()
         job.admit(self._settings.max_exec)
         try:
@@ -6163,9 +6511,6 @@ class Execs:
         except OSError as error:
             job.dismiss()
             raise Unavailable("busy", f"lightrun has no room for another command: {error.strerror}") from error
-
-    def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
-        return list(self._store.tail(run_id).get("artifacts", []))
 
     def start(self, command: Exec) -> None:
         """Start it. Raises Unavailable."""
@@ -6178,7 +6523,8 @@ class Execs:
             raise Unavailable("busy", f"lightrun has no room for another command: {error}") from error
 
     def stop(self, deadline: float) -> None:
-        """Leave them time until then (monotonic), then kill them and wait a little for their ends."""
+        """Take no more, leave them time until then (monotonic), then kill them and wait a little for their ends."""
+        self.stopping = True
         with self._lock:
             left = list(self._going_on)
         for command in left:
@@ -6229,7 +6575,10 @@ class Execs:
             command.error = "lightrun failed; its log says how"
         finally:
             self._let_go(command)
-        log.info("exec in run %s ended (%s)", command.job.run.id, command.reason)
+        if command.refusal is None:
+            self._metrics.count("lightrun_execs_total", command.reason)
+            fields = {"run": command.job.run.id, "reason": command.reason, "exitCode": command.exit_code}
+            log.info("exec in run %s ended (%s)", command.job.run.id, command.reason, extra={"fields": fields})
 
     def _let_go(self, command: Exec) -> None:
         command.end()
@@ -6607,6 +6956,31 @@ def _live(events: Iterator[dict[str, Any]]) -> Generator[bytes, None, None]:
         yield to_json(event or {"event": "ping"}) + b"\n" if event or silent else b""
 
 
+def remote(environ: Mapping[str, Any], trusted: Sequence[str]) -> str:
+    """The address that a request comes from: the last in X-Forwarded-For that no proxy we trust has, if a trusted one sent it."""
+    networks = [ipaddress.ip_network(each) for each in trusted if each != "unix"]
+    far = str(environ["REMOTE_ADDR"])
+    if far == "localhost" and "unix" not in trusted:  # as waitress calls a Unix socket
+        return far
+    hops = [hop.strip() for hop in str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")[-MAX_HOPS:]]
+    for hop in [*reversed(hops), ""]:
+        with contextlib.suppress(ValueError):
+            if far != "localhost" and not any(ipaddress.ip_address(far) in network for network in networks):
+                return far
+        try:
+            far = str(ipaddress.ip_address(hop))
+        except ValueError:  # what a proxy we trust was told by somebody else, or nothing
+            return far
+    return far
+
+
+def _for(call: Call, state: dict[str, Any]) -> dict[str, Any]:
+    """A run's state, or its head, as this caller may see it."""
+    if call.owner is not None:
+        state.pop("owner", None)
+    return state
+
+
 def _outcome(command: Exec) -> dict[str, str]:
     """What became of a command, as header fields."""
     code = {} if command.exit_code is None else {"X-Exit-Code": str(command.exit_code)}
@@ -6646,6 +7020,16 @@ class Call:
     @trailers.setter
     def trailers(self, fields: dict[str, str]) -> None:
         self._environ["lightrun.trailers"] = fields
+
+    def remote(self, trusted: Sequence[str]) -> str:
+        """Whose request it is."""
+        return remote(self._environ, trusted)
+
+    @property
+    def owner(self) -> str | None:
+        """The name of the token that it came with, whose runs alone it sees; None sees all."""
+        owner: str | None = self._environ.get("lightrun.owner")
+        return owner
 
     def header(self, name: str, default: Any = "") -> Any:
         """A header's text, the default when absent."""
@@ -6690,6 +7074,10 @@ LIST_QUERY: dict[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": STATUSES},
     "limit": {"type": "integer", "minimum": 1, "maximum": 1000, "default": 100},
     "before": {"type": "string", "minLength": 1, "maxLength": 100},
+    "label": {
+        "type": "string", "maxLength": 320, "pattern": _LABEL[:-1] + "=", "says": "must be the name of a label, = and its value",
+    },
+    "callback": {"type": "string", "enum": ["failed"]},
 }
 WAIT_QUERY = {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}
 
@@ -6722,6 +7110,8 @@ ROUTES = (
     Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
     Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
     Route("GET", ARTIFACTS, "artifacts", "List artifacts, or get them as one tar", {200: {JSON: "Artifacts", TAR: "Bytes"}}),
+    Route("POST", f"{RUNS}/callback", "callback", "Send a callback that has failed again", {204: {}, 409: {}}),
+    Route("GET", "/metrics", "metrics", "Figures for Prometheus", {200: {TEXT: "Text"}, 403: {}}),
     Route(
         "POST", f"{RUNS}/exec", "exec", "Run a second command in a run that goes on",
         {200: {JSON: "Exec", EVENTS: "Event", BYTES: "Bytes"}, 409: {}}, body="ExecRequest",
@@ -6828,7 +7218,8 @@ _TRUE = {"const": True}
 _NUMBERS = {"type": "object", "additionalProperties": _COUNT}
 _HEAD_REQUIRED = "id status image createdAt logsTruncated"
 _HEAD = {
-    "id": _TEXT, "status": {"enum": STATUSES}, "phase": {"enum": list(PHASES)}, "reason": {"enum": REASONS}, "image": _TEXT,
+    "id": _TEXT, "owner": _TEXT, "labels": {"type": "object", "additionalProperties": _TEXT},
+    "status": {"enum": STATUSES}, "phase": {"enum": list(PHASES)}, "reason": {"enum": REASONS}, "image": _TEXT,
     "imageId": _TEXT, "createdAt": _MOMENT, "startedAt": _MOMENT, "finishedAt": _MOMENT, "exitCode": {"type": "integer"},
     "oomKilled": _TRUE, "error": _TEXT, "durationMs": _COUNT, "timings": _NUMBERS,
     "usage": {"type": "object", "properties": {"cpuMs": _COUNT, "memoryPeakBytes": _COUNT}}, "warm": _TRUE,
@@ -6855,6 +7246,7 @@ ANSWERS = {
         "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
     ),
     "Bytes": {"type": "string", "contentMediaType": BYTES},
+    "Text": _TEXT,
     "Any": {"type": "object"},
 }  # fmt: skip
 
@@ -6865,7 +7257,7 @@ def _operation(route: Route) -> dict[str, Any]:
     def content(kinds: Mapping[str, str]) -> dict[str, Any]:
         return {"content": {kind: {"schema": {"$ref": REFERENCE + name}} for kind, name in kinds.items()}} if kinds else {}
 
-    rules = {404: "<run_id>" in route.path, 415: route.body, 503: route.path.startswith("/run")}
+    rules = {404: "<run_id>" in route.path, 415: route.body, 503: route.path.startswith(("/run", "/metrics"))}
     answers = {}
     for status in sorted({400, 401, 403, 413, 431, 500, *(status for status in rules if rules[status]), *route.answers}):
         kinds = route.answers.get(status) or ({JSON: "Error"} if status >= 400 else {})
@@ -6918,12 +7310,13 @@ class Api:
     """The routes, as a WSGI application on waitress; bottle's router finds them."""
 
     def __init__(
-        self, settings: Settings, store: Store, engine: Engine, runner: Runner, execs: Execs, evictor: Evictor
-    ) -> None:
+        self, settings: Settings, store: Store, engine: Engine, runner: Runner, execs: Execs, evictor: Evictor,
+        callbacks: Callbacks, metrics: Metrics,
+    ) -> None:  # fmt: skip
         import bottle
 
         self._settings, self._store, self._engine = settings, store, engine
-        self._runner, self._execs, self._evictor = runner, execs, evictor
+        self._runner, self._execs, self._evictor, self._callbacks, self._metrics = runner, execs, evictor, callbacks, metrics
         self._root = settings.artifacts_root()
         self._waiting_places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
         self._health_lock = threading.Lock()  # held while the engine is asked
@@ -6950,7 +7343,11 @@ class Api:
             answer = json_answer({"error": LightrunError.code}, 500)
         finally:
             method, path, took = environ["REQUEST_METHOD"], printable(environ["PATH_INFO"]), time.monotonic() - began
-            log.info("%s %s %s %d %.0f ms", environ["REMOTE_ADDR"], method, path, answer.status, took * 1000)
+            self._metrics.count("lightrun_requests_total", environ.get("lightrun.route", "none"), answer.status)
+            if self._settings.access_log == "on":
+                fields = {"remote": remote(environ, self._settings.trust_proxy), "method": method, "path": path}
+                fields |= {"status": answer.status, "ms": round(took * 1000)}
+                log.info("%s %s %s %d %d ms", *fields.values(), extra={"fields": fields})
         body, headers = answer.body, {"X-Content-Type-Options": "nosniff", **answer.headers}
         if isinstance(body, bytes) and answer.status not in {204, 304}:
             headers["Content-Length"] = str(len(body))
@@ -7004,9 +7401,17 @@ class Api:
         if environ["PATH_INFO"].endswith("\n") and "path" not in arguments:  # which the router's `$` lets pass
             raise NotFound("there is no such route")
         route: Route = found.callback
+        environ["lightrun.route"] = f"{route.method} {route.path}"
         call = Call(environ, parse_query(environ.get("QUERY_STRING", ""), route.query), self.ending)
+        if call.owner is not None and "run_id" in arguments and self._owner(arguments["run_id"]) != call.owner:
+            raise NotFound("there is no such run")
         answer: Answer = getattr(self, route.handler)(call, **arguments)
         return answer
+
+    def _owner(self, run_id: str) -> str | None:
+        """Whose run it is. Raises NotFound."""
+        job = self._runner.job(run_id)
+        return job.run.owner if job else self._store.owner(run_id)
 
     def _waiting_place(self) -> contextlib.ExitStack:
         """A place to wait or stream, which is given back when this is closed. Raises Unavailable when all are taken."""
@@ -7015,6 +7420,40 @@ class Api:
         with contextlib.ExitStack() as place:
             place.callback(self._waiting_places.release)
             return place.pop_all()
+
+    def metrics(self, call: Call) -> Answer:
+        """GET /metrics"""
+        if call.owner is not None:
+            raise NotAllowed("metrics are told to a token that sees all", "forbidden")
+        size, count = self._store.usage()
+        runner, engine = self._runner, self._engine
+        phases = runner.phases()
+        figures: dict[str, dict[tuple[object, ...], float]] = {
+            "lightrun_build_info": {(__version__,): 1},
+            "lightrun_runs": {(phase,): phases.get(phase, 0) for phase in PHASES},
+            "lightrun_places": {(): self._settings.max_concurrent + self._settings.queue},
+            "lightrun_places_taken": {(): runner.places.taken()},
+            "lightrun_waiting_places": {(): self._settings.max_waiting},
+            "lightrun_waiting_places_taken": {(): self._settings.max_waiting - self._waiting_places._value},
+            "lightrun_warm_starts_total": {(why,): number for why, number in runner.pools.counts.copy().items()},
+            "lightrun_warm_containers": {(): runner.pools.waiting()},
+            "lightrun_callback_attempts_total": {(how,): number for how, number in self._callbacks.counts.items()},
+            "lightrun_callbacks_owed": {(): self._store.callbacks_owed()},
+            "lightrun_stored_runs": {(): count}, "lightrun_stored_bytes": {(): size},
+            "lightrun_evictions_total": {(): self._evictor.evicted},
+            "lightrun_engine_up": {(): runner.engine_up},
+            "lightrun_engine_errors_total": {(kind,): engine.failures[kind] for kind in ("absent", "error")},
+        }  # fmt: skip
+        text = self._metrics.text(figures | process_figures())
+        return Answer(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    def callback(self, call: Call, run_id: str) -> Answer:
+        """POST /runs/<id>/callback"""
+        if self._runner.job(run_id):
+            raise Conflict("the run is still running", "running")
+        self._store.head(run_id)
+        self._callbacks.send_again(run_id)
+        return Answer(204)
 
     def health(self, call: Call) -> Answer:
         """GET /health"""
@@ -7046,11 +7485,11 @@ class Api:
                 return json_answer({"id": run_id, "status": status, "url": f"/runs/{run_id}"}, 202, Location=f"/runs/{run_id}")
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
-                return self._streamed(call, _live(self._events(run_id, job)), EVENTS, place.pop_all())
+                return self._streamed(call, _live(self._events(call, run_id, job)), EVENTS, place.pop_all())
             self._wait(call, job.done if job else None, math.inf)
             if job and not job.done.is_set():  # its client has gone, or lightrun goes
                 raise Gone
-            return json_answer(self._state(run_id, job))
+            return json_answer(self._state(call, run_id, job))
 
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
         """The accepted run, and whether it is detached; the body, which may be large, is not held longer."""
@@ -7077,7 +7516,11 @@ class Api:
         if not request.detached and not upload:
             place.enter_context(self._waiting_place())
         digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
-        return *self._runner.submit(request, key, digest, upload), request.detached
+        run_id, job = self._runner.submit(request, key, digest, upload, call.owner)
+        told = {"run": run_id, "image": request.image, "owner": call.owner, "labels": request.labels}
+        fields = {"remote": call.remote(self._settings.trust_proxy), **{name: value for name, value in told.items() if value}}
+        log.info("run %s accepted from %s: %s", run_id, fields["remote"], request.image, extra={"fields": fields})
+        return run_id, job, request.detached
 
     @staticmethod
     def _wait(call: Call, event: threading.Event | None, seconds: float) -> bool:
@@ -7088,7 +7531,7 @@ class Api:
                 return False
         return True
 
-    def _events(self, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
+    def _events(self, call: Call, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
         """The events of a run, with an empty one now and then."""
         yield {"event": "accepted", "id": run_id}
         progress, started = None, False
@@ -7100,7 +7543,7 @@ class Api:
                 started = True
                 yield {"event": "started"}
             yield event
-        yield {"event": "finished", "run": job.state() if job else self._state(run_id)}
+        yield {"event": "finished", "run": self._state(call, run_id, job)}
 
     def exec(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/exec"""
@@ -7163,14 +7606,16 @@ class Api:
 
     def runs(self, call: Call) -> Answer:
         """GET /runs"""
-        limit = call.query.get("limit", 100)
+        limit, label = call.query.get("limit", 100), call.query.get("label", "").partition("=")
+        status, before, callback = (call.query.get(name) for name in ("status", "before", "callback"))
         try:
-            heads = self._store.heads(call.query.get("status"), call.query.get("before"), limit + 1)
+            heads = self._store.heads(status, before, limit + 1, call.owner, label[::2] if label[1] else None, callback)
         except NotFound as error:
             raise BadRequest(details=[{"path": ["query", "before"], "message": "is not the id of a run"}]) from error
         states = [json.loads(head) for head in heads[:limit]]
         running = {state["id"]: self._runner.job(state["id"]) for state in states if state["status"] == "running"}
-        answer = json_answer([job.run.head() if (job := running.get(state["id"])) else state for state in states])
+        shown = [job.run.head() if (job := running.get(state["id"])) else state for state in states]
+        answer = json_answer([_for(call, state) for state in shown])
         if len(heads) > limit:
             query = urllib.parse.urlencode({**call.query, "before": states[-1]["id"]})
             answer.headers["Link"] = f'</runs?{query}>; rel="next"'
@@ -7182,13 +7627,13 @@ class Api:
         if job and call.query.get("wait"):
             with self._waiting_place(), self._runner.attended(job):
                 self._wait(call, job.done, call.query["wait"] / 1000)
-        return json_answer(self._state(run_id, job))
+        return json_answer(self._state(call, run_id, job))
 
-    def _state(self, run_id: str, job: Job | None = None) -> dict[str, Any]:
+    def _state(self, call: Call, run_id: str, job: Job | None) -> dict[str, Any]:
         if job := job or self._runner.job(run_id):
-            return job.state()
+            return _for(call, job.state())
         head = json.loads(self._store.head(run_id))
-        return whole_state(head, self._store.tail(run_id), self._store.frames(run_id))
+        return _for(call, whole_state(head, self._store.tail(run_id), self._store.frames(run_id)))
 
     def _kept(self, run_id: str) -> bytes:
         """The frames kept of a run's log."""
@@ -7266,33 +7711,46 @@ class Api:
 class Gate:
     """What is judged as soon as a request's headers are complete."""
 
-    def __init__(self, tokens: Iterable[str], check_host: bool, check_origin: bool) -> None:
+    def __init__(self, tokens: Iterable[Token], check_host: bool, check_origin: bool, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._check_host, self._check_origin = check_host, check_origin
         self.closing = False  # then every answer is the last one of its connection
         self.take(tokens)
 
-    def take(self, tokens: Iterable[str]) -> None:
+    def take(self, tokens: Iterable[Token]) -> None:
         """Know these tokens, and no others, from now on."""
-        self._digests = [hashlib.sha256(token.encode()).digest() for token in tokens]
+        self._known = [(hashlib.sha256(token.text.encode()).digest(), token) for token in tokens]
 
-    def judge(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, dict[str, Any], dict[str, str]] | None:
-        """Status, body and headers of a refusal. `headers` as WSGI names them, their bytes as latin-1."""
-        if self._digests and path != "/health" and not self._knows(headers.get("AUTHORIZATION", "")):
+    def judge(
+        self, method: str, path: str, headers: Mapping[str, str]
+    ) -> tuple[tuple[int, dict[str, Any], dict[str, str]] | None, str | None]:
+        """Status, body and headers of a refusal, None for none; and the name of the token that it came with. `headers` as WSGI
+        names them, their bytes as latin-1."""
+        token = self._token(headers.get("AUTHORIZATION", "")) if self._known else None
+        if self._known and token is None and path != "/health":
             message = "needs Authorization: Bearer <token>"
-            return 401, {"error": "unauthorized", "message": message}, {"WWW-Authenticate": "Bearer"}
+            return (401, {"error": "unauthorized", "message": message}, {"WWW-Authenticate": "Bearer"}), None
+        forbidden = ""
         if self._check_host and not is_loopback_host(headers.get("HOST", "")):
-            return 403, {"error": "forbidden", "message": "Host must name this machine; set a token to serve others"}, {}
+            forbidden = "Host must name this machine; set a token to serve others"
         foreign = "ORIGIN" in headers or headers.get("SEC_FETCH_SITE", "none") not in {"same-origin", "none"}
         if self._check_origin and method in {"POST", "DELETE"} and foreign:  # a page's form needs nobody's leave to post
-            return 403, {"error": "forbidden", "message": "a web page may not do that; set a token to allow it"}, {}
-        return None
+            forbidden = "a web page may not do that; set a token to allow it"
+        refusal = (403, {"error": "forbidden", "message": forbidden}, dict[str, str]()) if forbidden else None
+        return refusal, token.owner if token else None
 
-    def _knows(self, authorization: str) -> bool:
+    def tell_refusal(self, far: str, method: str, path: str, status: int) -> None:
+        """One line of the log, and one more to count, for what comes no further."""
+        self._metrics.count("lightrun_requests_total", "none", status)
+        fields = {"remote": far, "method": printable(method), "path": printable(path), "status": status}
+        log.info("refused %s %s from %s: %d", fields["method"], fields["path"], far, status, extra={"fields": fields})
+
+    def _token(self, authorization: str) -> Token | None:
         """Compares with every token, and digests of one length, so that time tells nothing of either."""
-        scheme, _, token = authorization.partition(" ")
-        digest = hashlib.sha256(token.strip(" \t").encode("latin-1", "replace")).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches) and scheme.lower() == "bearer"
+        scheme, _, text = authorization.partition(" ")
+        digest = hashlib.sha256(text.strip(" \t").encode("latin-1", "replace")).digest()
+        found = [token for known, token in self._known if hmac.compare_digest(digest, known)]
+        return found[0] if found and scheme.lower() == "bearer" else None
 
 
 def is_loopback_host(host: str) -> bool:
@@ -7368,7 +7826,9 @@ def _parser_class(gate: Gate, folder: Path) -> type:
     class Parser(base):  # type: ignore[misc]  # a class made here
         _error: JsonError | None = None
         _judged = False
-        path = ""
+        command = path = ""
+        owner: str | None = None  # the name of its token
+        remote = ""  # the other end of its connection
 
         @property
         def error(self) -> JsonError | None:
@@ -7403,10 +7863,11 @@ def _parser_class(gate: Gate, folder: Path) -> type:
             if self.headers_finished and not self._judged and not self.empty:
                 self._judged = True
                 malformed = self.error and self.error.code != 413
-                if not malformed and (refusal := gate.judge(str(self.command), self.path, self.headers)):
+                refusal, self.owner = (None, None) if malformed else gate.judge(str(self.command), self.path, self.headers)
+                if refusal:
                     self.error, self.completed = JsonError(*refusal), True
                 if self.error:
-                    log.info("refused %s: %d", printable(self.path), self.error.code)
+                    gate.tell_refusal(self.remote, str(self.command), self.path, self.error.code)
             return consumed
 
     return Parser
@@ -7420,6 +7881,11 @@ def _channel_class(gate: Gate, folder: Path) -> type:
     base: Any = waitress.channel.HTTPChannel
 
     class Task(waitress.task.WSGITask):
+        def get_environment(self) -> dict[str, Any]:
+            environ: dict[str, Any] = super().get_environment()
+            environ["lightrun.owner"] = self.request.owner  # type: ignore[attr-defined]  # it is a Parser of ours
+            return environ
+
         def finish(self) -> None:
             trailers = (self.environ or {}).get("lightrun.trailers")
             if not (self.chunked_response and trailers):
@@ -7428,8 +7894,14 @@ def _channel_class(gate: Gate, folder: Path) -> type:
             fields = "".join(f"{name}: {text}\r\n" for name, text in trailers.items())
             self.channel.write_soon(f"0\r\n{fields}\r\n".encode("latin-1"))
 
+    parser_class = _parser_class(gate, folder)
+
     class Channel(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
-        parser_class = _parser_class(gate, folder)
+        def parser_class(self, adj: Any) -> Any:
+            parser = parser_class(adj)
+            parser.remote = str(self.addr[0]) if isinstance(self.addr, tuple) else "localhost"
+            return parser
+
         task_class = Task
         _writing = False
 
@@ -7540,6 +8012,7 @@ class Server:
             ident=None,
             log_socket_errors=False,  # of clients that vanish
             asyncore_use_poll=True,  # select() fails on descriptors over 1023
+            clear_untrusted_proxy_headers=False,  # --trust-proxy says whose count
             channel_request_lookahead=1,  # so that a client that left is noticed
         )
         self._server = server
@@ -7654,13 +8127,15 @@ class Daemon:
             except EngineError as error:
                 log.warning("%s; serving all the same", engine_is.trouble() or error)
             evictor = Evictor(self._store, settings)
-            callbacks = Callbacks(self._store, settings.callback_allow)
-            self._runner = Runner(settings, self._store, self._engine, evictor, callbacks)
+            callbacks, metrics = Callbacks(self._store, settings.callback_allow), Metrics()
+            self._runner = Runner(settings, self._store, self._engine, evictor, callbacks, metrics)
+            self._runner.limit(tokens)
             local = self._socket.family == socket.AF_UNIX
             loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
-            self._gate = Gate(tokens, check_host=not tokens and loopback and not local, check_origin=not tokens and not local)
-            self._execs = Execs(settings, self._store, self._engine, evictor)
-            self._api = Api(settings, self._store, self._engine, self._runner, self._execs, evictor)
+            check_origin = not tokens and not local
+            self._gate = Gate(tokens, not tokens and loopback and not local, check_origin, metrics)
+            self._execs = Execs(settings, self._store, self._engine, evictor, self._runner.tree, metrics)
+            self._api = Api(settings, self._store, self._engine, self._runner, self._execs, evictor, callbacks, metrics)
             self._server = Server(settings, self._socket, self._api, self._gate)
             self._store.tidy(settings.artifacts_root())
             self._runner.recover()
@@ -7690,7 +8165,9 @@ class Daemon:
             log.warning("SIGHUP is ignored: there is no --token-file to read again")
             return
         try:
-            self._gate.take(self._settings.tokens())
+            tokens = self._settings.tokens()
+            self._gate.take(tokens)
+            self._runner.limit(tokens)
             log.info("%s was read again", path)
         except UsageError as error:
             log.error("%s; the tokens stay as they were", error)
@@ -7753,6 +8230,7 @@ class JsonFormatter(TextFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
         line = {"time": timestamp(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return to_json(line).decode()

@@ -30,6 +30,7 @@ PACKAGES = {
     "faketime": "faketime",
     "iproute2": "ip",
     "jq": "jq",
+    "prometheus": "promtool",
     "runsc": "runsc",
     "util-linux": "unshare",
 }

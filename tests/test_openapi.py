@@ -184,7 +184,7 @@ def test_results_are_documented(session_open: Session, finished: str) -> None:
     assert (events.status, events.headers["Content-Type"]) == (200, "application/x-ndjson")
     for reason, fields in FATES.items():
         assert send("POST", "/run", {**HELLO, **fields}).json()["reason"] == reason
-    for path in ("/health", "/runs", "/runs?limit=1&status=failed", "/openapi.json", run, f"{run}/logs", f"{run}/artifacts"):
+    for path in ("/health", "/metrics", "/runs", "/runs?limit=1&status=failed&label=a=b", "/openapi.json", run, f"{run}/logs", f"{run}/artifacts"):
         assert [send(method, path).status for method in ("GET", "HEAD")] == [200, 200]
     assert send("GET", f"{run}/artifacts", headers=TAR).headers["Content-Type"] == "application/x-tar"
     assert send("GET", f"{run}/logs?follow=true&stream=stdout&tail=1").status == 200
@@ -211,7 +211,12 @@ def test_detached_runs_are_documented(session_open: Session) -> None:
     assert [send("POST", f"{run}/{action}").status for action in ("stop", "cancel")] == [409, 409]
     assert send("POST", f"{run}/exec", {"entrypoint": "true"}).status == 409
     assert send("DELETE", run).status == 204
-    run = send("POST", "/run", {**HELLO, "entrypoint": "sleep 60", "detached": True}).json()["url"]
+    nowhere = f"{session_open.daemon.url}/nothing"  # answers 404, which is final
+    run = send("POST", "/run", {**HELLO, "entrypoint": "true", "detached": True, "callbackUrl": nowhere}).json()["url"]
+    assert eventually(lambda: send("GET", run).json().get("callback", {}).get("status") == "failed")
+    assert send("POST", f"{run}/callback").status == 204
+    run = send("POST", "/run", {**HELLO, "entrypoint": "sleep 60", "detached": True, "labels": {"a": "b"}}).json()["url"]
+    assert send("POST", f"{run}/callback").status == 409
     assert send("POST", f"{run}/cancel").status == 204
     assert eventually(lambda: send("GET", run).json()["status"] == "cancelled")
 
@@ -273,7 +278,7 @@ def test_every_documented_status_was_met(session_open: Session, session_guarded:
         for status in operation["responses"]
         if status not in RARE and (operation["operationId"], status) not in met
     ]
-    unreadable = {(name, "503") for name in ("runs", "artifact", "delete", "cancel", "stop")}
+    unreadable = {(name, "503") for name in ("runs", "artifact", "delete", "cancel", "stop", "callback", "metrics")}
     assert set(missing) <= {("health", "401"), ("health", "503")} | unreadable
 
 

@@ -18,6 +18,7 @@ from lightrun import (
     NotAllowed,
     RunRequest,
     Settings,
+    Token,
     UsageError,
     _parser,
     callback_host_allowed,
@@ -114,6 +115,9 @@ GOOD: list[tuple[str, Any]] = [
     *[("pids", value) for value in (2, 100, 5.0)],
     *[("extract", paths) for paths in (["x"], ["x"] * 20, ["x" * 1024], ["/"], ["."], ["..."], ["a\\b"], ["a//b/"])],
     *[("extractOn", value) for value in ("success", "exit")],
+    *[("labels", labels) for labels in (
+        {}, {"a": ""}, {"x" * 63: "é" * 256}, {"k8s.io/a_b-C.9": "x y=z"}, {str(number): "" for number in range(32)},
+    )],
     *[("detached", value) for value in (True, False)],
 ]  # fmt: skip
 
@@ -121,6 +125,17 @@ GOOD: list[tuple[str, Any]] = [
 @pytest.mark.parametrize(("field", "value"), GOOD, ids=lambda value: repr(value)[:40])
 def test_is_taken(field: str, value: Any) -> None:
     parse(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"": "a"}, {"x" * 64: "a"}, {"a b": "a"}, {"é": "a"}, {"a=b": "a"}, {"a": "x" * 257}, {"a": "a\nb"}, {"a": 1},
+        {"a\n": ""}, {str(number): "" for number in range(33)},
+    ],
+)  # fmt: skip
+def test_labels_are_refused_by_name(labels: dict[str, Any]) -> None:
+    assert {path[0] for path in refused_paths(labels=labels)} == {"labels"}
 
 
 @pytest.mark.parametrize("commands", [["x"], ["x"] * 50, ["x" * 2048]])
@@ -152,7 +167,7 @@ TYPES = {
     "workdir": "string", "network": "string", "timeout": "integer", "memory": "integer string", "cpus": "integer fraction",
     "pids": "integer", "extract": "array", "extractOn": "string", "detached": "boolean", "callbackUrl": "string",
     "callbackSecret": "string", "fileSize": "integer string", "cpuTime": "integer", "outputLimit": "integer",
-    "splitLogs": "boolean", "idle": "integer",
+    "splitLogs": "boolean", "idle": "integer", "labels": "object",
 }  # fmt: skip
 WRONG_TYPES = [(name, VALUES[kind]) for name, kinds in TYPES.items() for kind in VALUES if kind not in kinds.split()]
 BAD: list[tuple[str, Any]] = [
@@ -534,6 +549,8 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("allow_image", "a*", ("a*",)), ("allow_network", "n", ("n",)),
     ("callback_allow", "h", ("h",)),
     ("docker_host", "unix:///d", "unix:///d"), ("docker_host", "tcp://h:1", "tcp://h:1"), ("log_format", "json", "json"),
+    ("access_log", "off", "off"), ("trust_proxy", "10.0.0.0/8", ("10.0.0.0/8",)), ("trust_proxy", "unix", ("unix",)),
+    ("trust_proxy", "::1", ("::1",)),
 ]  # fmt: skip
 
 BAD_OPTIONS: list[tuple[str, str]] = [
@@ -548,6 +565,7 @@ BAD_OPTIONS: list[tuple[str, str]] = [
       for value in ("", "0", "-1", "x", "1.5")],
     *[("cpus", value) for value in ("", "0", "-1", "nan", "inf", "x")],
     *[("pull", value) for value in ("", "always ", "Never")],
+    ("access_log", "no"), ("trust_proxy", "here"), ("trust_proxy", "10.0.0.1/8"),
     ("log_format", "xml"), ("queue", "-1"), ("token", ""), ("token_file", ""), ("host", ""), ("runtime", ""),
     *[("docker_host", value) for value in ("", "x", "ssh://x")],
 ]  # fmt: skip
@@ -617,9 +635,31 @@ def test_tokens_of_option_and_file(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("one\n\n  two \n")
     assert Settings().tokens() == []
-    assert Settings(token="t").tokens() == ["t"]
-    assert Settings(token_file=file).tokens() == ["one", "two"]
-    assert sorted(Settings(token="t", token_file=file).tokens()) == ["one", "t", "two"]
+    assert Settings(token="t").tokens() == [Token("t")]
+    assert Settings(token_file=file).tokens() == [Token("one"), Token("two")]
+    assert {token.text for token in Settings(token="t", token_file=file).tokens()} == {"one", "t", "two"}
+
+
+def test_named_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("plain\nteam-a  first max=2 queue=0\nteam-a second queue=0 max=2\nb.9_x third\n")
+    named = [Token("first", "team-a", (2, 0)), Token("second", "team-a", (2, 0)), Token("third", "b.9_x")]
+    assert Settings(token_file=file).tokens() == [Token("plain"), *named]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a secret max=0", "a secret max=-1", "a secret max=x", "a secret most=1", "a secret max=1 max=2", "a secret more",
+        "# secret", "-a secret", "a" * 64 + " secret", "ü secret", "a secret max=", "a secret max=1234567",
+        "a secret queue=1,max=1", "a secret\na other max=1", "a secret\nb secret", "secret\nb secret",
+    ],
+)  # fmt: skip
+def test_a_bad_line_of_tokens_is_named_and_not_told(tmp_path: Path, line: str) -> None:
+    (tmp_path / "tokens").write_text(line + "\n")
+    with pytest.raises(UsageError, match="--token-file: ") as caught:
+        Settings(token_file=tmp_path / "tokens").tokens()
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe"])
