@@ -1420,6 +1420,9 @@ CREATE TABLE execs (  -- those that go on: what the next daemon needs to end the
     """
 ALTER TABLE runs ADD COLUMN owner TEXT;  -- the name of the token that it came with
 CREATE TABLE facets (facet TEXT NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (facet, seq)) WITHOUT ROWID;  -- see facets()
+INSERT INTO facets SELECT '[null,null,null,"failed"]', seq FROM runs WHERE head LIKE '%"callback":{"status":"failed"%';
+INSERT INTO facets SELECT '[null,"' || status || '",null,"failed"]', seq FROM runs
+    WHERE head LIKE '%"callback":{"status":"failed"%';
 """,
 )
 
@@ -3231,7 +3234,7 @@ class Engine:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
         self._shared = types.SimpleNamespace(api="", about={}, network_ready=False)  # by all views, once it is known
-        self.failures: collections.Counter[str] = collections.Counter()  # calls without an answer (absent), or of a 5xx (error)
+        self.count_failure: Callable[[str], None] = lambda _: None  # told of calls without an answer (absent) or of a 5xx (error)
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
 
@@ -3251,10 +3254,11 @@ class Engine:
         try:
             return self._exchange(method, path, expected, query, body, seconds, headers)
         except Refused as error:
-            self.failures["error"] += error.status >= 500
+            if error.status >= 500:
+                self.count_failure("error")
             raise
         except (OSError, http.client.HTTPException, ValueError):
-            self.failures["absent"] += 1
+            self.count_failure("absent")
             raise
 
     def _exchange(
@@ -4757,7 +4761,11 @@ class Callbacks:
 
     def send_again(self, run_id: str) -> None:
         """Deliver a callback that has failed once more, in a new series of attempts. Raises Conflict where none has."""
-        if self._store.callback(run_id) is None:
+        try:
+            kept = self._store.callback(run_id)
+        except OSError as error:
+            raise Unavailable("storage_unavailable", f"the state dir cannot be read: {error.strerror}", 5) from error
+        if kept is None:
             raise Conflict("the run has no callback that is kept, or it was delivered", "no_callback")
         if self._store.owe_again(run_id):
             self.owe(run_id)
@@ -5314,11 +5322,12 @@ class Places:
 
     def _starts_at_once(self, owner: str | None) -> bool:
         """Under the lock: whether one more run of this name would have a worker."""
-        return self._workers < self._most and not self._queues and self._may_run(owner)
+        return self._workers < self._most and self._room(owner) > 0 and not any(self._room(each) > 0 for each in self._queues)
 
-    def _may_run(self, owner: str | None) -> bool:
+    def _room(self, owner: str | None) -> float:
+        """Under the lock: how many more runs of a name may have a worker."""
         most = self._limits(owner)[0]
-        return most is None or self._running[owner] < most
+        return math.inf if most is None else max(0, most - self._running[owner])
 
     def give_back(self, owner: str | None) -> None:
         """Give a place back."""
@@ -5351,9 +5360,9 @@ class Places:
     def hire(self) -> None:
         """More workers, as many as there is work for and there may be."""
         with self._lock:
-            free = self._most - self._workers
-            new = min(free, sum(len(waiting) for owner, waiting in self._queues.items() if self._may_run(owner)))
-            self._workers += max(0, new)
+            mine = [min(len(waiting), self._room(owner)) for owner, waiting in self._queues.items()]
+            new = int(max(0, min(self._most - self._workers, sum(mine))))
+            self._workers += new
         for _ in range(new):
             self._spawn()
 
@@ -5370,7 +5379,7 @@ class Places:
         if self._urgent:
             return self._urgent.popleft()
         for owner, waiting in self._queues.items():
-            if self._may_run(owner):
+            if self._room(owner) > 0:
                 job = waiting[0]
                 self._dequeue(owner, job)
                 return job
@@ -5519,20 +5528,20 @@ class Runner:
 
     def submit(
         self, request: RunRequest, key: str | None, digest: Callable[[], str], upload: Upload | None = None,
-        owner: str | None = None,
+        owner: str | None = None, remote: str = "",
     ) -> tuple[str, Job | None]:  # fmt: skip
         """Accept a run, and take its upload over: its id, which is recorded then, and itself, None when it has ended. With the
         idempotency key of another run, that one, if what was sent has the same digest. Raises Unavailable, Conflict,
         BadRequest for a tree that cannot be put."""
         if key is None:
-            job = self._accept(request, None, "", upload, owner)
+            job = self._accept(request, None, "", upload, owner, remote)
             return job.run.id, job
         mine = digest()
         key = key if owner is None else f"{owner}\n{key}"  # keys are of one name; none holds a newline
         with self._key_lock:
             known = self._store.find_key(key)
             if known is None:
-                job = self._accept(request, key, mine, upload, owner)
+                job = self._accept(request, key, mine, upload, owner, remote)
                 return job.run.id, job
         run_id, known_digest = known
         if known_digest != mine:
@@ -5541,7 +5550,9 @@ class Runner:
             upload.close()
         return run_id, self.job(run_id)
 
-    def _accept(self, request: RunRequest, key: str | None, digest: str, upload: Upload | None, owner: str | None) -> Job:
+    def _accept(
+        self, request: RunRequest, key: str | None, digest: str, upload: Upload | None, owner: str | None, remote: str
+    ) -> Job:
         if self.stopping:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         if not self._keeper.engine_up:
@@ -5559,6 +5570,9 @@ class Runner:
             undone.callback(self._leave, job)
             self._store.add(run, key, digest, None if waited else request.pack(), upload)
             undone.pop_all()
+        told = {"run": run.id, "image": run.image, "owner": owner, "labels": run.labels, "remote": remote}
+        fields = {name: value for name, value in told.items() if value}
+        log.info("run %s accepted from %s: %s", run.id, remote or "nobody", run.image, extra={"fields": fields})
         if upload:
             with contextlib.suppress(Unavailable):
                 self._evictor.evict("")
@@ -7426,7 +7440,7 @@ class Api:
         if call.owner is not None:
             raise NotAllowed("metrics are told to a token that sees all", "forbidden")
         size, count = self._store.usage()
-        runner, engine = self._runner, self._engine
+        runner = self._runner
         phases = runner.phases()
         figures: dict[str, dict[tuple[object, ...], float]] = {
             "lightrun_build_info": {(__version__,): 1},
@@ -7442,7 +7456,6 @@ class Api:
             "lightrun_stored_runs": {(): count}, "lightrun_stored_bytes": {(): size},
             "lightrun_evictions_total": {(): self._evictor.evicted},
             "lightrun_engine_up": {(): runner.engine_up},
-            "lightrun_engine_errors_total": {(kind,): engine.failures[kind] for kind in ("absent", "error")},
         }  # fmt: skip
         text = self._metrics.text(figures | process_figures())
         return Answer(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -7516,11 +7529,8 @@ class Api:
         if not request.detached and not upload:
             place.enter_context(self._waiting_place())
         digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
-        run_id, job = self._runner.submit(request, key, digest, upload, call.owner)
-        told = {"run": run_id, "image": request.image, "owner": call.owner, "labels": request.labels}
-        fields = {"remote": call.remote(self._settings.trust_proxy), **{name: value for name, value in told.items() if value}}
-        log.info("run %s accepted from %s: %s", run_id, fields["remote"], request.image, extra={"fields": fields})
-        return run_id, job, request.detached
+        far = call.remote(self._settings.trust_proxy)
+        return *self._runner.submit(request, key, digest, upload, call.owner, far), request.detached
 
     @staticmethod
     def _wait(call: Call, event: threading.Event | None, seconds: float) -> bool:
@@ -7711,8 +7721,10 @@ class Api:
 class Gate:
     """What is judged as soon as a request's headers are complete."""
 
-    def __init__(self, tokens: Iterable[Token], check_host: bool, check_origin: bool, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(
+        self, tokens: Iterable[Token], check_host: bool, check_origin: bool, metrics: Metrics, trusted: Sequence[str] = ()
+    ) -> None:
+        self._metrics, self._trusted = metrics, trusted
         self._check_host, self._check_origin = check_host, check_origin
         self.closing = False  # then every answer is the last one of its connection
         self.take(tokens)
@@ -7739,8 +7751,9 @@ class Gate:
         refusal = (403, {"error": "forbidden", "message": forbidden}, dict[str, str]()) if forbidden else None
         return refusal, token.owner if token else None
 
-    def tell_refusal(self, far: str, method: str, path: str, status: int) -> None:
+    def tell_refusal(self, far: str, method: str, path: str, headers: Mapping[str, str], status: int) -> None:
         """One line of the log, and one more to count, for what comes no further."""
+        far = remote({"REMOTE_ADDR": far, "HTTP_X_FORWARDED_FOR": headers.get("X_FORWARDED_FOR", "")}, self._trusted)
         self._metrics.count("lightrun_requests_total", "none", status)
         fields = {"remote": far, "method": printable(method), "path": printable(path), "status": status}
         log.info("refused %s %s from %s: %d", fields["method"], fields["path"], far, status, extra={"fields": fields})
@@ -7867,7 +7880,7 @@ def _parser_class(gate: Gate, folder: Path) -> type:
                 if refusal:
                     self.error, self.completed = JsonError(*refusal), True
                 if self.error:
-                    gate.tell_refusal(self.remote, str(self.command), self.path, self.error.code)
+                    gate.tell_refusal(self.remote, str(self.command), self.path, self.headers, self.error.code)
             return consumed
 
     return Parser
@@ -8121,19 +8134,20 @@ class Daemon:
             self._store = Store(settings.state_dir)
             undo.callback(self._store.close)
             _claim_artifacts_dir(settings.artifacts_root(), self._store.id)
-            self._engine = Engine(settings, self._store.id)
+            metrics, self._engine = Metrics(), Engine(settings, self._store.id)
+            self._engine.count_failure = functools.partial(metrics.count, "lightrun_engine_errors_total")
             try:
                 self._engine.check_limits()
             except EngineError as error:
                 log.warning("%s; serving all the same", engine_is.trouble() or error)
             evictor = Evictor(self._store, settings)
-            callbacks, metrics = Callbacks(self._store, settings.callback_allow), Metrics()
+            callbacks = Callbacks(self._store, settings.callback_allow)
             self._runner = Runner(settings, self._store, self._engine, evictor, callbacks, metrics)
             self._runner.limit(tokens)
             local = self._socket.family == socket.AF_UNIX
             loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
             check_origin = not tokens and not local
-            self._gate = Gate(tokens, not tokens and loopback and not local, check_origin, metrics)
+            self._gate = Gate(tokens, not tokens and loopback and not local, check_origin, metrics, settings.trust_proxy)
             self._execs = Execs(settings, self._store, self._engine, evictor, self._runner.tree, metrics)
             self._api = Api(settings, self._store, self._engine, self._runner, self._execs, evictor, callbacks, metrics)
             self._server = Server(settings, self._socket, self._api, self._gate)
