@@ -6578,12 +6578,10 @@ class Execs:
         try:
             with self._evictor.hold([each.run_id for each in command.request.contents() if isinstance(each, Reference)], None):
                 self._line(command, self._engine.for_one(command.patience))
-        except (EngineMissing, EngineConflict) as error:
-            command.refusal, command.error = Conflict(f"the run is not running any more: {error}", "not_running"), str(error)
-        except EngineAbsent as error:
-            command.refusal, command.error = Unavailable("engine_unavailable", str(error), 5), str(error)
         except LightrunError as error:
-            command.refusal, command.error = (error if error.status < 500 or error.status == 503 else None), str(error)
+            command.error = str(error)
+            if not command.settled.is_set():
+                command.refusal = self._refusal(error)
         except Exception:
             log.exception("exec in run %s", command.job.run.id)
             command.error = "lightrun failed; its log says how"
@@ -6594,9 +6592,18 @@ class Execs:
             fields = {"run": command.job.run.id, "reason": command.reason, "exitCode": command.exit_code}
             log.info("exec in run %s ended (%s)", command.job.run.id, command.reason, extra={"fields": fields})
 
+    @staticmethod
+    def _refusal(error: LightrunError) -> LightrunError | None:
+        """What is told of a command that has not begun; None for a failure that is a result."""
+        if isinstance(error, (EngineMissing, EngineConflict)):
+            return Conflict(f"the run is not running any more: {error}", "not_running")
+        if isinstance(error, EngineAbsent):
+            return Unavailable("engine_unavailable", str(error), 5)
+        return error if error.status < 500 or error.status == 503 else None
+
     def _let_go(self, command: Exec) -> None:
+        command.job.dismiss()  # before its client can ask for another
         command.end()
-        command.job.dismiss()
         command.patience.close()
         with self._lock:
             self._going_on.discard(command)
@@ -6658,6 +6665,8 @@ class Execs:
         frame.append(("openat", 3, AT_FDCWD, _c("/proc/self/environ"), os.O_RDONLY))
         size, room = 32, room + 32
         while size == 32 or told[-2:] != bytes(2):  # an environment ends with one zero, and the room has no other bytes
+            if room + ENVIRONMENT_PIECE > SHIM_BASE + SHIM_ROOM:
+                return False
             frame += [("read", 0, 3, room, ENVIRONMENT_PIECE), ("write", ENVIRONMENT_PIECE, 1, room, ENVIRONMENT_PIECE)]
             size, room = size + ENVIRONMENT_PIECE, room + ENVIRONMENT_PIECE
             with asked_to("run a command in the container"):
@@ -6671,7 +6680,7 @@ class Execs:
                     return False
                 told += b"".join(bytes(payload) for number, payload in reader.feed(data or b"") if number == 1)
         pid = told[:32].rstrip(b"\0")
-        if not pid.isdigit() or int(pid) < 2:
+        if not re.fullmatch(rb"[0-9]{1,7}", pid) or int(pid) < 2:  # 1 is the init
             return False
         command.pid = int(pid)
         command.environment = [each.decode("utf-8", "surrogateescape") for each in told[32:].rstrip(b"\0").split(b"\0")]
@@ -6703,9 +6712,11 @@ class Execs:
             command.patience.heard()
             data = stream.next(command.patience.wake, late - time.monotonic())
             if data == b"" or time.monotonic() > late:
-                if request.workdir and self._exit(engine, exec_id) == SHIM_GAVE_UP:
+                if self._exit(engine, exec_id) == SHIM_GAVE_UP:
                     why = "cannot be made, or is not a folder that the run's user may enter"
                     raise BadRequest(details=[problem(why, "workdir")])
+                if self._has_run_ended(command, engine):
+                    raise Conflict("the run has ended", "not_running")
                 raise EngineError("the command could not be started in the container")
             command.log.feed(data or b"")
 
@@ -6755,7 +6766,7 @@ class Execs:
                 self._kill_again(command, kills)
                 kills, kill_at = kills + 1, time.monotonic() + KILL_SECONDS * 2**kills
                 pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + SETTLE_POLL_SECONDS
-            if time.monotonic() >= look_at:
+            if time.monotonic() >= look_at or (command.starved and not command.asked):
                 if (code := self._look(engine, exec_id)) is not None:
                     break
                 command.doubt |= command.deaf and pause > FIRST_LOOK_SECONDS
@@ -6826,12 +6837,15 @@ class Execs:
 
     def _kill(self, job: Job, pid: int, kills: int) -> None:
         """Have a shim kill a process group of a run's container."""
-        machine = self._engine.machine()
-        assert machine
+        patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
+        patience.ring(hurry=True)
+        engine = self._engine.for_one(patience)
         try:
+            machine = engine.machine()
+            assert machine
             if kills:  # perhaps the shim was not there
-                put_shim(self._engine, job.container)
-            _, stream = self._engine.run_command(job.container, [SHIM], {})
+                put_shim(engine, job.container)
+            _, stream = engine.run_command(job.container, [SHIM], {})
             with contextlib.closing(stream):
                 frame = [("kill", ANY_RESULT, -pid, signal.SIGKILL), ("exit_group", 0, 0)]
                 with asked_to("kill a command"):
@@ -6839,6 +6853,8 @@ class Execs:
                 stream.next(seconds=KILL_SECONDS)
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
+        finally:
+            patience.close()
 
 
 # --------------------------------------------------------------------------------------------------------------------

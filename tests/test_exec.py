@@ -197,6 +197,20 @@ def test_stdin_that_is_not_read(shared: Daemon, room: str) -> None:
     assert lines(shared, room, ["echo", "done"], stdin=body) == ["done"]
 
 
+def test_stdin_that_is_closed(shared: Daemon, room: str) -> None:
+    body = {"base64": base64.b64encode(bytes(3_000_000)).decode()}
+    state = execute(shared, room, "exec <&-; sleep 2; echo goes on; exit 3", stdin=body)
+    assert (state["reason"], state["exitCode"], state["logs"]) == ("exited", 3, ["goes on"])
+
+
+def test_one_after_the_other(daemon: DaemonFactory, sandbox: Sandbox) -> None:
+    """Whoever has an answer may ask again at once."""
+    own = daemon("--max-exec", "1", socket=True)
+    run = sandbox(on=own)
+    for number in range(15):
+        assert lines(own, run, f"echo {number}") == [str(number)]
+
+
 def test_workdir(shared: Daemon, room: str) -> None:
     assert lines(shared, room, "pwd", workdir="/made/for/it") == ["/made/for/it"]
     assert lines(shared, room, "pwd; cd ..; rmdir it; cd /; rmdir /made/for /made", workdir="/made/for/it") == ["/made/for/it"]
