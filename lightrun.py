@@ -219,6 +219,7 @@ class NotAllowed(LightrunError, status=403, code="not_allowed"): ...  # an opera
 class NotFound(LightrunError, status=404, code="not_found"): ...  # there is no such run, artifact or route
 class MethodNotAllowed(LightrunError, status=405, code="method_not_allowed"): ...  # the route does not take it
 class Conflict(LightrunError, status=409, code="conflict"): ...  # the run is not in a state for this; the code says which
+class NoLongerKept(LightrunError, status=410, code="gone"): ...  # bytes of a log that were dropped, or have no order any more
 class UnsupportedMediaType(LightrunError, status=415, code="unsupported_media_type"): ...  # the body is not called JSON
 class StorageUncertain(LightrunError, code="storage_error"): ...  # nobody can tell what is on disk, or read it
 class UsageError(LightrunError): ...  # a bad option: one line on standard error and exit code 2
@@ -1305,6 +1306,7 @@ class Run:
     usage: dict[str, int] = dataclasses.field(default_factory=dict)
     warm: bool = False  # its container was started before
     split_logs: bool = False  # the state has stdout and stderr apart
+    log_bytes: list[int] = dataclasses.field(default_factory=list)  # of stdout and of stderr, dropped ones too; 1 if in order
     owner: str | None = None  # the name of the token that it came with; told to those who see all
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -1354,13 +1356,17 @@ class Run:
 
     def tail(self) -> dict[str, Any]:
         """What the state shows beside the head, kept apart from it since it can be long."""
-        parts = {"artifacts": self.artifacts, "extracted": self.extracted, "splitLogs": self.split_logs}
+        parts = {
+            "artifacts": self.artifacts, "extracted": self.extracted, "splitLogs": self.split_logs, "logBytes": self.log_bytes,
+        }  # fmt: skip
         return {name: part for name, part in parts.items() if part}
 
 
 def whole_state(head: dict[str, Any], tail: dict[str, Any], kept: bytes) -> dict[str, Any]:
     """The state as `GET /runs/<id>` and a callback show it. `kept` is the log, as Log.frames()."""
-    if (tail := dict(tail)).pop("splitLogs", False):
+    tail = dict(tail)
+    tail.pop("logBytes", None)
+    if tail.pop("splitLogs", False):
         state = {**head, **{name: raw_log(kept, name).decode(errors="replace") for name in STREAMS.values()}}
     else:
         state = {**head, "logs": log_lines(kept)}
@@ -2035,10 +2041,10 @@ class Log:
         """Whether what was fed ends within a frame or is garbled, so that some is missing if no more comes."""
         return self._reader.cut
 
-    def taken(self) -> int:
-        """Bytes of both streams so far."""
+    def taken(self) -> dict[int, int]:
+        """Bytes of each stream so far."""
         with self._changed:
-            return sum(self._taken.values())
+            return dict(self._taken)
 
     def feed(self, data: bytes) -> None:
         """Take a piece of the output, cut anywhere. What can't be understood is dropped, and `truncated` says so."""
@@ -2187,11 +2193,12 @@ class Log:
             self._ended = self._ended or ended
             self._changed.notify_all()
 
-    def follow(self) -> Generator[bytes, None, None]:
-        """What is kept, then all that comes, as whole frames; b"" now and then, and when nudged. Raises LogGap."""
+    def follow(self, taken: dict[int, int] | None = None) -> Generator[bytes, None, None]:
+        """What is kept, then all that comes, as whole frames; b"" now and then, and when nudged. With what is kept, how many
+        bytes of each stream there were up to there. Raises LogGap."""
         follower, reader = object(), FrameReader()
         try:
-            yield self._join(follower)
+            yield self._join(follower, {} if taken is None else taken)
             while (data := self._read(follower)) is not None:
                 yield b"".join(FRAME.pack(stream, len(payload)) + payload for stream, payload in reader.feed(data))
         except OSError as error:
@@ -2201,8 +2208,9 @@ class Log:
                 self._followers.pop(follower, None)
                 self._forget()
 
-    def _join(self, follower: object) -> bytes:
+    def _join(self, follower: object, taken: dict[int, int]) -> bytes:
         with self._changed:
+            taken |= self._taken
             self._followers[follower] = self._spool.end
             return self.frames()
 
@@ -4158,16 +4166,17 @@ def shim_frame(machine: Machine, calls: Iterable[tuple[Any, ...]]) -> bytes:
     """Calls as (name, least good result, arguments …) in one frame; an argument is a number, bytes, or a list of bytes, which
     stands for an array of pointers with a NULL at its end. Raises ValueError when that is too much."""
     calls, data = list(calls), bytearray()
+    known: dict[int, int] = {}  # where what is named again lies, by its identity
 
     def placed(value: Any) -> int:
         if isinstance(value, int):
             return value % (1 << 64)
-        if isinstance(value, list):
-            value = struct.pack(f"<{len(value) + 1}Q", *map(placed, value), 0)
-        data.extend(bytes(-len(data) % 8))
-        at = SHIM_BASE + 64 * (len(calls) + 1) + len(data)
-        data.extend(value)
-        return at
+        if id(value) not in known:
+            packed = struct.pack(f"<{len(value) + 1}Q", *map(placed, value), 0) if isinstance(value, list) else value
+            data.extend(bytes(-len(data) % 8))
+            known[id(value)] = SHIM_BASE + 64 * (len(calls) + 1) + len(data)
+            data.extend(packed)
+        return known[id(value)]
 
     packed = [
         struct.pack("<q6Qq", machine.calls[name], *map(placed, (*arguments, *[0] * (6 - len(arguments)))), least)
@@ -6129,11 +6138,13 @@ class Runner:
 
     def _told(self, job: Job) -> ContainerState | None:
         """The end of a brief warm run of which all was heard, if the engine's events have told it, and nothing else is to be
-        asked: nobody wanted it to end, and nothing of it was killed for want of memory."""
+        asked: its stdin was written, nobody wanted it to end, and nothing of it was killed for want of memory."""
         end = self._deaths.of(job.container) if job.hand_out and job.hearing is Hearing.ENDED else None
         if not (end and job.hand_out and job.starting) or end[1] > job.hand_out.at + BRIEF_SECONDS:
             return None
-        if job.asked or job.killing.tries or job.in_doubt or job.slot is None or not job.slot.spared(job.request.memory):
+        if not job.fed or job.asked or job.killing.tries or job.in_doubt:
+            return None
+        if job.slot is None or not job.slot.spared(job.request.memory):
             return None
         return ContainerState(job.run.image_id or "", "", False, job.hand_out.at, end[1], end[0], False, end[1])
 
@@ -6171,8 +6182,8 @@ class Runner:
             job.log.feed(data)
         elif data is not None and job.hearing is Hearing.LIVE and not job.log.full:
             early, job.copy = job.copy, None
-            if early and job.log.taken() > PIPE_BYTES:  # the engine could not send it all as it came: files may have gone
-                early.close()
+            if early and sum(job.log.taken().values()) > PIPE_BYTES:  # the engine could not send all of it as it came, and its
+                early.close()  # files may have gone since
                 early = None
             job.hear(Hearing.COPY, early)
         elif data is not None:
@@ -6368,9 +6379,11 @@ class Runner:
             why = f"exit code {ending['exit_code']}" if ended and ending["reason"] in {"exited", "stopped"} else ending["reason"]
             why += ", and extractOn is success" if ended and ending["reason"] in EXTRACTED else ""
             ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path, _ in job.request.extract]
+        taken = job.log.taken()
         run = dataclasses.replace(
-            job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated, **ending
-        )
+            job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated,
+            log_bytes=[taken[1], taken[2], int(not job.taken_up)], **ending,
+        )  # fmt: skip
         state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}
         state.pop("owner", None)
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
@@ -7004,6 +7017,17 @@ def remote(environ: Mapping[str, Any], trusted: Sequence[str]) -> str:
     return far
 
 
+def _since(kept: bytes, start: int, stream: str | None, taken: Mapping[int, int], in_order: bool) -> bytes:
+    """What is kept of a log from a byte of it on; `taken` tells how much there was of each stream. Raises NoLongerKept."""
+    total = sum(count for number, count in taken.items() if stream in {None, STREAMS[number]})
+    first = total - len(kept)
+    if stream is None and (first or not in_order):
+        raise NoLongerKept("the order of the two streams may be another, or some was dropped; ask for one stream")
+    if not first <= start <= total:
+        raise NoLongerKept(f"bytes {first} to {total} are kept")
+    return kept[start - first :]
+
+
 def _for(call: Call, state: dict[str, Any]) -> dict[str, Any]:
     """A run's state, or its head, as this caller may see it."""
     if call.owner is not None:
@@ -7093,12 +7117,14 @@ STOP_SCHEMA = {
         "grace": {"type": "integer", "minimum": 0, "maximum": 300_000, "default": 10_000, "description": "ms until SIGKILL"},
     },
 }  # fmt: skip
+RAN = {"running", "extracting"}  # phases in which a program has begun
 HEALTHS = ["ok", "unavailable", "stopping"]
 STATUSES = ["running", "succeeded", "failed", "cancelled"]
 LOG_QUERY: dict[str, dict[str, Any]] = {
     "stream": {"type": "string", "enum": list(STREAMS.values())},
     "tail": {"type": "integer", "minimum": 0, "maximum": 1_000_000_000},
     "follow": {"type": "boolean"},
+    "from": {"type": "integer", "minimum": 0, "maximum": 1 << 50},
 }
 LIST_QUERY: dict[str, dict[str, Any]] = {
     "status": {"type": "string", "enum": STATUSES},
@@ -7136,7 +7162,8 @@ ROUTES = (
     Route("GET", "/runs", "runs", "List runs, newest first", {200: {JSON: "Runs"}}, LIST_QUERY),
     Route("GET", RUNS, "state", "The state of a run", {200: {JSON: "Run"}}, WAIT_QUERY),
     Route("DELETE", RUNS, "delete", "Delete a finished run and its artifacts", {204: {}, 409: {}}),
-    Route("GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}}, LOG_QUERY),
+    Route("GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}, 410: {}}, LOG_QUERY),
+    Route("GET", f"{RUNS}/events", "events", "A run as it happens, or happened", {200: {EVENTS: "Event"}}),
     Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
     Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
     Route("GET", ARTIFACTS, "artifacts", "List artifacts, or get them as one tar", {200: {JSON: "Artifacts", TAR: "Bytes"}}),
@@ -7560,12 +7587,15 @@ class Api:
     def _events(self, call: Call, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
         """The events of a run, with an empty one now and then."""
         yield {"event": "accepted", "id": run_id}
+        head = {} if job else json.loads(self._store.head(run_id))
         progress, started = None, False
+        if job.log.truncated if job else head["logsTruncated"]:
+            yield {"event": "gap"}  # not from the beginning
         for event in _log_events(_followed(job.log) if job else [self._kept(run_id)]):
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
-            if not started and (event or job is None or job.run.phase in {"running", "extracting"} or job.run.started):
+            if not started and (event or "startedAt" in head or (job and (job.run.phase in RAN or job.run.started))):
                 started = True
                 yield {"event": "started"}
             yield event
@@ -7668,18 +7698,40 @@ class Api:
 
     def logs(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/logs"""
-        stream, tail = call.query.get("stream"), call.query.get("tail")
-        job = self._runner.job(run_id)
-        if not job or not call.query.get("follow"):
-            kept = last_lines(raw_log(self._kept(run_id), stream), tail)
+        stream, tail, start = (call.query.get(name) for name in ("stream", "tail", "from"))
+        if tail is not None and start is not None:
+            raise BadRequest(details=[problem("cannot go together with from", "query", "tail")])
+        job, at = self._runner.job(run_id), dict[int, int]()
+        followed = job.log.follow(at) if job else None
+        kept = raw_log(next(followed) if followed else self._store.frames(run_id), stream)
+        if start is not None:
+            taken, in_order = (at, not job.taken_up) if job else self._log_bytes(run_id)
+            kept = _since(kept, start, stream, taken, in_order)
+        kept = last_lines(kept, tail)
+        if followed is None or not call.query.get("follow"):
             return Answer(200, kept, {"Content-Type": BYTES, "X-Content-Type-Options": "nosniff"})
 
         def pieces(followed: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
             with contextlib.closing(followed):
-                yield last_lines(raw_log(next(followed), stream), tail)
+                yield kept
                 yield from (raw_log(piece, stream) for piece in followed)
 
-        return self._streamed(call, pieces(job.log.follow()), BYTES)
+        return self._streamed(call, pieces(followed), BYTES)
+
+    def _log_bytes(self, run_id: str) -> tuple[dict[int, int], bool]:
+        """How many bytes each stream of a finished run had, and whether what is kept has them in the order they were read in."""
+        if found := self._store.tail(run_id).get("logBytes"):
+            return {1: found[0], 2: found[1]}, bool(found[2])
+        kept = self._store.frames(run_id)  # an earlier build's: as many as are kept, if none was dropped
+        whole = not json.loads(self._store.head(run_id))["logsTruncated"]
+        return {number: len(raw_log(kept, name)) if whole else sys.maxsize for number, name in STREAMS.items()}, False
+
+    def events(self, call: Call, run_id: str) -> Answer:
+        """GET /runs/<id>/events"""
+        job = self._runner.job(run_id)
+        if job is None:
+            self._store.head(run_id)
+        return self._streamed(call, _live(self._events(call, run_id, job)), EVENTS)
 
     def delete(self, call: Call, run_id: str) -> Answer:
         """DELETE /runs/<id>"""

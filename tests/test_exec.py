@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import itertools
 import json
 import shutil
 import subprocess
@@ -174,6 +175,8 @@ def test_arguments_and_environment_are_exact(shared: Daemon, room: str) -> None:
     own = post(shared, room, RAW, entrypoint=["cat", "/proc/self/environ"]).body.decode().split("\0")
     assert {"KEPT=of the run", "HOME=/root"} <= set(own)
     assert len(own) == len(set(own))
+    long = ["sh", "-c", "echo $#", *["y" * 99_999] * 15]
+    assert lines(shared, room, long) == ["14"]
     many = {f"V{number}": "x" * 1000 for number in range(300)}  # more than one piece of what the shim tells
     response = post(shared, room, RAW, entrypoint=["cat", "/proc/self/environ"], env=many)
     assert many.items() <= dict(each.split("=", 1) for each in response.body.decode().split("\0") if each).items()
@@ -600,15 +603,19 @@ def broken(proxy: Proxy, daemon: DaemonFactory) -> tuple[Daemon, Proxy]:
     return faults.lowered(daemon("--docker-host", proxy.host, start=False, socket=True)).start(), proxy
 
 
-HTTP_FAULTS = ("close", "reset", "garbage", "500", "502", "html", "cut", "silent")
+FEW = (("before", "close"), ("before", "500"), ("after", "reset"), ("after", "cut"), ("after", "silent"))
+EVERY = itertools.product(("before", "after"), ("close", "reset", "garbage", "500", "502", "html", "cut", "silent"))
 
 
 @pytest.mark.parametrize("call", ["exec", "exec-start", "exec-state"])
-def test_any_call_may_break(broken: tuple[Daemon, Proxy], sandbox: Sandbox, call: str) -> None:
-    """Each fault at each point: an answer comes, nothing in it is made up, and the run and its places are as before."""
+@pytest.mark.parametrize("breaks", [FEW, pytest.param(tuple(EVERY), marks=pytest.mark.long)], ids=["few", "every"])
+def test_any_call_may_break(
+    broken: tuple[Daemon, Proxy], sandbox: Sandbox, call: str, breaks: tuple[tuple[str, str], ...]
+) -> None:
+    """An answer comes, nothing in it is made up, and the run and its places are as before."""
     own, proxy = broken
     run = sandbox(on=own)
-    for point, fault in [(point, fault) for point in ("before", "after") for fault in HTTP_FAULTS]:
+    for point, fault in breaks:
         rule = proxy.inject(call, point, fault, times=2)
         began = time.monotonic()
         response = post(own, run, entrypoint="echo told; exit 7", timeout=4000)

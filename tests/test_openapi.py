@@ -189,6 +189,8 @@ def test_results_are_documented(session_open: Session, finished: str) -> None:
         assert [send(method, path).status for method in ("GET", "HEAD")] == [200, 200]
     assert send("GET", f"{run}/artifacts", headers=TAR).headers["Content-Type"] == "application/x-tar"
     assert send("GET", f"{run}/logs?follow=true&stream=stdout&tail=1").status == 200
+    assert [send("GET", f"{run}/logs?from={start}").status for start in (0, 9)] == [200, 410]
+    assert send("GET", f"{run}/events").status == 200
     file = send("GET", f"{run}/artifacts/b")
     assert (file.status, send("GET", f"{run}/artifacts/d").json()[0]["path"]) == (200, "d/a")
     conditions = {"Range": "bytes=0-0"}, {"Range": "bytes=9-"}, {"If-None-Match": file.headers["ETag"]}, {"If-Match": '"no"'}
@@ -251,6 +253,7 @@ def test_being_busy_is_documented(session_open: Session, finished: str) -> None:
     assert send("POST", "/run", {**HELLO, "detached": True}).json()["error"] == "busy"
     with session_open.daemon.open("GET", f"{runs[0]}/logs?follow=true"):
         assert send("GET", f"{runs[1]}/logs?follow=true").status == 503
+        assert send("GET", f"{runs[1]}/events").status == 503
         assert send("GET", f"{runs[1]}?wait=1").status == 503
         assert send("GET", f"/runs/{finished}/artifacts", headers=TAR).status == 503
         assert send("POST", "/run", HELLO).status == 503

@@ -288,6 +288,8 @@ def test_a_callback_that_fails(lightrun: Daemon, receiver: Receiver) -> None:
     lightrun.wait_for(run, lambda state: state["callback"]["attempts"] == 1)
     assert (told(lightrun), kept(lightrun, running=True)) == ({}, {})
     assert settled(lightrun, run)["callback"]["status"] == "failed"
+    assert [Path(path).name for path in kept(lightrun)] == [f"{run}.callback"]  # it may be sent again
+    assert ask(lightrun, "DELETE", f"/runs/{run}").status == 204
     nothing_is_left(lightrun)
 
 

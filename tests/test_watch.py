@@ -949,3 +949,79 @@ def test_keys_are_printable(lightrun_tcp: Daemon, key: str) -> None:
 def test_every_printable_key_will_do(lightrun_tcp: Daemon, key: str) -> None:
     absent = {**request_body("true"), "image": "127.0.0.1:1/absent"}  # ends at once, without a container
     assert keyed(lightrun_tcp, key, absent).status == 200
+
+
+# ---------------------------------------------------------------- Coming back to a log
+
+
+def test_events_of_a_run_in_progress_and_of_one_that_has_ended(lightrun_tcp: Daemon) -> None:
+    run = lightrun_tcp.detach(entrypoint="echo out; echo err >&2; sleep 1; echo more; exit 3")
+    lightrun_tcp.wait_for(run, lambda state: state["logs"])
+    live, after = (lightrun_tcp.request("GET", f"/runs/{run}/events") for _ in range(2))
+    for response in (live, after):
+        assert (response.status, response.headers["Content-Type"]) == (200, "application/x-ndjson")
+        events = [json.loads(line) for line in response.body.splitlines()]
+        assert [event["event"] for event in events] == ["accepted", "started", "log", "log", "log", "finished"]
+        assert (events[0]["id"], events[-1]["run"]["exitCode"], events[-2]["line"]) == (run, 3, "more")
+    refused = lightrun_tcp.run(image="lightrun/none:1")["id"]
+    events = [json.loads(line) for line in lightrun_tcp.request("GET", f"/runs/{refused}/events").body.splitlines()]
+    assert [event["event"] for event in events] == ["accepted", "finished"]
+    assert lightrun_tcp.request("GET", f"/runs/{'0' * 36}/events").status == 404
+
+
+def test_events_that_lack_the_beginning_say_so(daemon: DaemonFactory) -> None:
+    lightrun = daemon("--log-limit", "1k")
+    run = lightrun.run(entrypoint="seq 1 1000")["id"]
+    events = [json.loads(line)["event"] for line in lightrun.request("GET", f"/runs/{run}/events").body.splitlines()]
+    assert events[:3] == ["accepted", "gap", "started"]
+
+
+def since(daemon: Daemon, run: str, start: int, more: str = "") -> tuple[int, bytes]:
+    response = daemon.request("GET", f"/runs/{run}/logs?from={start}{more}")
+    return response.status, response.body
+
+
+def test_logs_from_a_byte(lightrun_tcp: Daemon) -> None:
+    run = lightrun_tcp.detach(entrypoint="printf abc; printf 123 >&2; sleep 2; printf def; printf 456 >&2")
+    lightrun_tcp.wait_for(run, lambda state: len("".join(state["logs"])) == 6)
+    assert since(lightrun_tcp, run, 1, "&stream=stdout") == (200, b"bc")
+    assert since(lightrun_tcp, run, 3, "&stream=stdout") == (200, b"")
+    assert since(lightrun_tcp, run, 4, "&stream=stdout")[0] == 410
+    assert since(lightrun_tcp, run, 2, "&stream=stdout&follow=true") == (200, b"cdef")
+    for start, rest in ((0, b"123456"), (3, b"456"), (6, b"")):
+        assert since(lightrun_tcp, run, start, "&stream=stderr") == (200, rest)
+        assert since(lightrun_tcp, run, start, "&stream=stderr&follow=true") == (200, rest)
+    whole = lightrun_tcp.request("GET", f"/runs/{run}/logs").body
+    for start in range(13):
+        assert since(lightrun_tcp, run, start) == (200, whole[start:])
+    gone = lightrun_tcp.request("GET", f"/runs/{run}/logs?from=13")
+    assert (gone.status, gone.json()["error"], gone.json()["message"]) == (410, "gone", "bytes 0 to 12 are kept")
+    for bad in ("from=-1", "from=x", "from=1&tail=1"):
+        assert lightrun_tcp.request("GET", f"/runs/{run}/logs?{bad}").status == 400
+
+
+def test_what_was_dropped_is_gone(daemon: DaemonFactory) -> None:
+    lightrun = daemon("--log-limit", "1k")
+    run = lightrun.run(entrypoint="seq -w 1 1000; echo err >&2")["id"]  # 5,000 bytes
+    assert since(lightrun, run, 3976, "&stream=stdout") == (200, lightrun.request("GET", f"/runs/{run}/logs?stream=stdout").body)
+    assert since(lightrun, run, 4990, "&stream=stdout") == (200, b"0999\n1000\n"[-10:])
+    assert since(lightrun, run, 3975, "&stream=stdout")[0] == 410
+    assert since(lightrun, run, 0, "&stream=stderr") == (200, b"err\n")
+    assert since(lightrun, run, 5000)[0] == 410
+
+
+def test_a_follower_comes_back_after_kill_9(daemon: DaemonFactory) -> None:
+    """Not a byte of a stream is lost or told twice; between two streams the order may have changed."""
+    lightrun = daemon()
+    run = lightrun.detach(entrypoint="for i in $(seq 1 60); do echo line $i; echo err >&2; sleep 0.05; done")
+    lightrun.wait_for(run, lambda state: len(state["logs"]) > 10)
+    with lightrun.open("GET", f"/runs/{run}/logs?follow=true&stream=stdout") as response:
+        first = response.read(40)
+    lightrun.kill()
+    lightrun.start()
+    assert since(lightrun, run, 0)[0] == 410
+    status, rest = since(lightrun, run, len(first), "&stream=stdout&follow=true")
+    assert (status, first + rest) == (200, b"".join(b"line %d\n" % number for number in range(1, 61)))
+    lightrun.wait(run)
+    assert since(lightrun, run, len(first), "&stream=stdout") == (200, rest)
+    assert since(lightrun, run, 0)[0] == 410
