@@ -551,6 +551,7 @@ def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.
     """It is not handed out, and replaced."""
     lightrun_ = daemon("--warm", f"{IMAGE}=1/none")
     run_warm(lightrun_, entrypoint="true")
+    time.sleep(1)  # until what it had is gone
     [entry] = eventually(lambda: waiting(lightrun_), 60)
     time.sleep(0.5)
     engine.kill(entry["Id"])
