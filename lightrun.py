@@ -151,6 +151,7 @@ MEMORY_SLACK_BYTES = 512 * KIB  # of a cgroup's figures of memory: each CPU hold
 MAX_EXEC_KILLS = 4  # until it is said that a command cannot be killed
 HELD_BACK_BYTES = 64 * KIB  # of raw output, that waits for the exit code of a command that is done soon
 HELD_BACK_SECONDS = 0.25  # how long it waits
+HEAR_SECONDS = 10  # for a shim to say what it is asked
 ENVIRONMENT_PIECE = 16 * KIB  # of a command's environment, as the shim tells it
 KILL_SECONDS = 2  # after SIGKILL, until it is sent again; each pause is twice the last
 MAX_KILLS = 12  # until it is said that the container cannot be killed
@@ -3450,7 +3451,7 @@ class Engine:
 
     @asked_to("put the files")
     def put(self, container: str, tar: Iterator[bytes]) -> None:
-        """Unpack a tar at the root of a container; no folder takes a file's place, nor the other way
+        """Unpack a tar at the root of a container that has not been started; no folder takes a file's place, nor the other way
         round."""
         path, query = f"/containers/{container}/archive", {"path": "/", "noOverwriteDirNonDir": 1}
         self._call("PUT", path, query=query, body=tar, headers={"Content-Type": TAR}).nothing()
@@ -3587,28 +3588,29 @@ class Engine:
         return True
 
     @asked_to("run a command in the container")
-    def run_command(
-        self, container: str, argv: Sequence[str], env: Mapping[str, str], workdir: str | None = None
-    ) -> tuple[str, Reply]:
-        """Start a command in a running container: its id, and one stream of its stdin and of its output as frames."""
-        config: dict[str, Any] = {"Cmd": [*argv], "Env": [f"{name}={value}" for name, value in env.items()]}
-        config |= {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
-        config |= {"WorkingDir": workdir} if workdir else {}
-        exec_id = str(self._call("POST", f"/containers/{container}/exec", 201, body=config).json()["Id"])
+    def create_command(self, container: str, argv: Sequence[str], env: Mapping[str, str], workdir: str) -> str:
+        """A command to be run in a running container; its id."""
+        config: dict[str, Any] = {"AttachStdin": True, "AttachStdout": True, "AttachStderr": True}
+        config |= {"Cmd": [*argv], "Env": [f"{name}={value}" for name, value in env.items()], "WorkingDir": workdir}
+        return str(self._call("POST", f"/containers/{container}/exec", 201, body=config).json()["Id"])
+
+    @asked_to("run a command in the container")
+    def start_command(self, exec_id: str) -> Reply:
+        """Start it: one stream of its stdin and of its output as frames."""
         reply = self._call("POST", f"/exec/{exec_id}/start", body={"Detach": False, "Tty": False}).streamed()
         if not reply.header("Content-Type").startswith("application/vnd.docker."):
             reply.close()
             raise ValueError("not a stream")
-        return exec_id, reply
+        return reply
 
     @asked_to("look at the command")
-    def exit_of(self, exec_id: str) -> int | None:
-        """The exit code of a command that was started; None while it goes on."""
+    def command(self, exec_id: str) -> tuple[int | None, int, str]:
+        """The exit code of a command that was started, None while it goes on; its pid where the engine is; its container's id."""
         about = self._call("GET", f"/exec/{exec_id}/json").json()
         running, code = about["Running"], about["ExitCode"]
         if not isinstance(running, bool) or not (running or isinstance(code, int)):
             raise ValueError("not a state")
-        return None if running else code
+        return None if running else code, int(about["Pid"]), str(about["ContainerID"])
 
     @asked_to("tell its events")
     def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
@@ -4202,10 +4204,12 @@ def shim_entry(machine: Machine) -> Entry:
     return Entry(SHIM[1:], content=program, size=len(program))
 
 
-def put_shim(engine: Engine, container: str) -> None:
-    """Put the shim into a container, running or not. Raises RunEnds, EngineError."""
+def put_shim(engine: Engine, container: str, needed: bool) -> None:
+    """Put the shim into a container that has not been started. Raises RunEnds, EngineError."""
     if (machine := engine.machine()) is None:
-        raise RunEnds("start_failed", f"{NO_SHIM}: a run with idle needs an entrypoint")
+        if needed:
+            raise RunEnds("start_failed", f"{NO_SHIM}: a run with idle needs an entrypoint")
+        return
     engine.put(container, put_tar([shim_entry(machine)], (0, 0), lambda _: iter([shim(machine)]), time.time()))
 
 
@@ -4479,7 +4483,7 @@ class Pools:
         try:
             for frame in hand_out_frames(
                 self._machine, planned, pieces, request.workdir or "/", WAIT_FRAME if request.waits else request.stdin, argv,
-                environment, request.waits,
+                environment, request.idle is not None,
             ):  # fmt: skip
                 warm.output.wire.send(last)
                 last = frame
@@ -5175,9 +5179,8 @@ class Job:
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
         self.asked: Ask | None = None
-        self.execs = 0  # commands that go on in it
+        self.execs: set[Patience] = set()  # of commands that go on in it
         self.quiet_since = math.inf  # monotonic: since when there is none
-        self.shim_lock, self.has_shim = threading.Lock(), request.waits  # held while it is put into its container; it is there
         self._lock = threading.Lock()  # guards asked, execs and quiet_since
         self._born = self._entered = time.monotonic()
         self.patience = Patience(HURRY_SECONDS)
@@ -5205,21 +5208,24 @@ class Job:
             if not ask.prevails(self.asked):
                 return
             self.asked = ask
-        self.patience.ring(hurry=ask.drops or not self.begun)
+            commands = list(self.execs) if ask.drops else []
+        for patience in (self.patience, *commands):
+            patience.ring(hurry=ask.drops or not self.begun)
 
-    def admit(self, most: int) -> None:
+    def admit(self, command: Patience, most: int) -> None:
         """A command is to go on in it, of so many at a time. Raises Conflict, Unavailable."""
         with self._lock:
             if self.run.phase != "running" or self.done.is_set() or (self.asked and self.asked.reason != "stopped"):
                 raise Conflict("the run is not running", "not_running")
-            if self.execs >= most:
+            if len(self.execs) >= most:
                 raise Unavailable("busy", f"{most} commands go on in the run, as many as --max-exec allows")
-            self.execs += 1
+            self.execs.add(command)
 
-    def dismiss(self) -> None:
+    def dismiss(self, command: Patience) -> None:
         """It has ended."""
         with self._lock:
-            self.execs, self.quiet_since = self.execs - 1, time.monotonic()
+            self.execs.discard(command)
+            self.quiet_since = time.monotonic()
         self.patience.ring()
 
     def idle_at(self) -> float:
@@ -5859,8 +5865,8 @@ class Runner:
         planned = self._plan(job, engine, job.container, image, made)
         if [entry for entry in planned if owner != (0, 0) or not entry.is_folder or entry.modified is not None]:
             engine.put(job.container, put_tar(planned, owner, job.pieces, time.time()))
-        if job.request.waits:  # last: what the engine has added to the image by itself was asked before
-            put_shim(engine, job.container)
+        if job.request.idle is not None:  # last: what the engine has added to the image by itself was asked before
+            put_shim(engine, job.container, job.request.waits)
 
     def _plan(self, job: Job, engine: Engine, container: str, image: Image, made: Sequence[str]) -> list[Entry]:
         """What is to be put for the run's tree, beside what the engine has made. Raises RunEnds."""
@@ -6445,10 +6451,12 @@ def _shift(low: float, high: float, earliest: float, latest: float) -> float:
 # Exec: a second command in a run that stays
 # --------------------------------------------------------------------------------------------------------------------
 
-# An engine runs a command in a container, and can neither kill it nor tell its pid there. So what is run is the shim (Warm): it
-# tells its pid and its environment, and then becomes the command as it becomes a run's program, as the leader of a process
-# group. To kill that, another shim is run, which calls kill(2). That needs no program of the image, and works on an engine that
-# is far away as well. Only on an architecture without a shim the command is run as it is, and goes on when it should be killed.
+# An engine runs a command in a container, and can't kill it. On this machine lightrun kills its process group itself, if it sees
+# it and may. On a machine far away it can't; so in a run with `idle`, which has the shim (Warm) in its container from before its
+# start, the shim is what is run: it tells its pid and its environment, and then becomes the command as it becomes a run's
+# program, as the leader of a process group. To kill that, another shim is run, which calls kill(2). That needs no program of the
+# image. Nothing is put into a container that runs: in a run without `idle`, or whose shim was tampered with, the command is run
+# as it is.
 
 
 class Exec:
@@ -6461,7 +6469,8 @@ class Exec:
         self.settled, self.done = threading.Event(), threading.Event()  # it has begun, or it has ended before; it has ended
         self.refusal: LightrunError | None = None  # why it has not begun
         self.born, self.began, self.ended = time.monotonic(), math.inf, math.inf
-        self.pid: int | None = None  # in the container; None where that cannot be told
+        self.pid = 0  # in the container; 0 where that cannot be told
+        self.recorded = self.reached = False  # for the next daemon to kill; killed by us, though the engine may be late to say so
         self.environment: list[str] = []
         self.reason, self.error, self.oom_killed = "engine_error", "", False  # as far as is known
         self.exit_code: int | None = None
@@ -6511,6 +6520,7 @@ class Exec:
         return whole_state(told, {"splitLogs": self.request.split_logs}, self.log.frames())
 
 
+BAD_WORKDIR = "cannot be made, or is not a folder that the run's user may enter"
 ATTACH_BROKE = 126  # what an engine says of a command whose output it could not send, running or not
 
 
@@ -6532,12 +6542,16 @@ class Execs:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         tree = self._tree(request, None, job.run.owner)
         tree.check()
-        job.admit(self._settings.max_exec)
         try:
-            return Exec(job, request, self._settings, tree)
+            command = Exec(job, request, self._settings, tree)
         except OSError as error:
-            job.dismiss()
             raise Unavailable("busy", f"lightrun has no room for another command: {error.strerror}") from error
+        try:
+            job.admit(command.patience, self._settings.max_exec)
+        except LightrunError:
+            command.patience.close()
+            raise
+        return command
 
     def start(self, command: Exec) -> None:
         """Start it. Raises Unavailable."""
@@ -6572,9 +6586,9 @@ class Execs:
             kills = 0
             while (job := job_of(run_id)) and kills < MAX_EXEC_KILLS:
                 try:
-                    if self._engine.exit_of(exec_id) is not None:
+                    if self._engine.command(exec_id)[0] is not None:
                         break
-                    self._kill(job, pid, kills)
+                    self._kill(job, exec_id, pid)
                     kills += 1
                 except EngineMissing:
                     break
@@ -6615,7 +6629,7 @@ class Execs:
         return error if error.status < 500 or error.status == 503 else None
 
     def _let_go(self, command: Exec) -> None:
-        command.job.dismiss()  # before its client can ask for another
+        command.job.dismiss(command.patience)  # before its client can ask for another
         command.end()
         command.patience.close()
         with self._lock:
@@ -6623,68 +6637,96 @@ class Execs:
 
     def _line(self, command: Exec, engine: Engine) -> None:
         """shim, command, stdin, output, exit."""
-        machine, slot = engine.machine(), command.job.slot
+        slot = command.job.slot
         kills = slot.kills() if slot else None
-        exec_id, stream = self._enter(command, engine, machine) if machine else self._enter_plainly(command, engine)
+        exec_id, stream = self._enter(command, engine) or self._enter_plainly(command, engine)
         try:
             with contextlib.closing(stream):
-                if machine:
-                    self._become(command, engine, exec_id, stream, machine)
                 command.begin()
                 self._feed(command, stream)
                 try:
                     self._see_out(command, engine, exec_id, stream)
                 except EngineMissing:
-                    self._judge(command, engine, None)
+                    self._judge(command, engine, exec_id, None)
         finally:
-            if command.pid:
-                with contextlib.suppress(LightrunError):  # the next daemon sees that it is gone
-                    self._store.end_exec(exec_id)
+            self._forget(command, exec_id)
         command.oom_killed = command.exit_code != 0 and kills is not None and slot is not None and (slot.kills() or 0) > kills
 
-    def _enter(self, command: Exec, engine: Engine, machine: Machine) -> tuple[str, Reply]:
-        """Run the shim, put there before if need be, and hear its pid and environment."""
-        job = command.job
-        for again in (False, True):
-            with job.shim_lock:
-                if again or not job.has_shim:
-                    put_shim(engine, job.container)
-                    job.has_shim = True
-            exec_id, stream = engine.run_command(job.container, [SHIM], command.request.env)
-            with contextlib.ExitStack() as opened:
-                opened.callback(stream.close)
-                if self._hear(command, stream, machine):
-                    opened.pop_all()
-                    return exec_id, stream
-            if not engine.inspect(job.container).running:
-                raise Conflict("the run has ended", "not_running")
-        raise EngineError("the engine cannot run a command in the container")
+    def _record(self, command: Exec, exec_id: str) -> None:
+        """For the next daemon to kill. A run that a client waits for is killed as a whole then."""
+        if not command.job.run.waited:
+            self._store.begin_exec(exec_id, command.job.run.id, command.pid)
+            command.recorded = True
+
+    def _forget(self, command: Exec, exec_id: str) -> None:
+        if command.recorded:
+            with contextlib.suppress(LightrunError):  # the next daemon sees that it is gone
+                self._store.end_exec(exec_id)
+
+    def _enter(self, command: Exec, engine: Engine) -> tuple[str, Reply] | None:
+        """Have the shim become the command; None when there is none, or it is not what it was."""
+        machine = engine.machine() if command.job.request.idle is not None else None
+        if machine is None:
+            return None
+        exec_id = engine.create_command(command.job.container, [SHIM], command.request.env, "/")
+        with contextlib.ExitStack() as opened:
+            stream, heard = opened.enter_context(contextlib.closing(engine.start_command(exec_id))), False
+            with contextlib.suppress(EngineAbsent):  # if it is not the shim that takes nothing, that shows in a moment
+                heard = self._hear(command, stream, machine)
+            if not heard:
+                self._must_run(command, engine)
+                return None
+            opened.callback(self._forget, command, exec_id)
+            self._become(command, engine, exec_id, stream, machine)
+            opened.pop_all()
+            return exec_id, stream
 
     def _enter_plainly(self, command: Exec, engine: Engine) -> tuple[str, Reply]:
-        """Run the command itself, which cannot be killed then."""
-        request = command.request
-        return engine.run_command(command.job.container, request.command or [], request.env, request.workdir)
+        """Run the command itself. Raises BadRequest for a workdir that is not there: nothing can make it."""
+        request, job = command.request, command.job
+        workdir = request.workdir or job.request.workdir or "/"
+        mode = (engine.stat(job.container, workdir) or (0, ""))[0]
+        if not mode & (GO_MODE_FOLDER | GO_MODE_LINK):
+            self._must_run(command, engine)
+            raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
+        command.pid = 0
+        exec_id = engine.create_command(job.container, request.command or [], request.env, workdir)
+        self._check(command)
+        self._record(command, exec_id)
+        try:
+            return exec_id, engine.start_command(exec_id)
+        except LightrunError:
+            self._forget(command, exec_id)
+            raise
+
+    @staticmethod
+    def _must_run(command: Exec, engine: Engine) -> None:
+        """Raises Conflict when its run has ended."""
+        if not engine.inspect(command.job.container).running:
+            raise Conflict("the run has ended", "not_running")
 
     @staticmethod
     def _check(command: Exec) -> None:
         """Raises Unavailable for one that is to be killed before it has begun: its shim ends with its connection."""
-        if command.asked:
-            raise Unavailable("stopping", command.asked[1])
+        if command.asked or command.job.dropped:
+            raise Unavailable("stopping", command.asked[1] if command.asked else "its run is about to end")
 
     def _hear(self, command: Exec, stream: Reply, machine: Machine) -> bool:
-        """Ask the shim for its pid and its environment; false when it does not answer."""
+        """Ask the shim for its pid and its environment; false when it does not answer as a shim does."""
+        stream.wire.stream(HEAR_SECONDS)
+        late = time.monotonic() + HEAR_SECONDS
         room, reader, told = SHIM_BASE + SHIM_ROOM // 2, FrameReader(), b""
         frame: list[tuple[Any, ...]] = [("readlinkat", 1, AT_FDCWD, _c("/proc/self"), room, 32), ("write", 32, 1, room, 32)]
         frame.append(("openat", 3, AT_FDCWD, _c("/proc/self/environ"), os.O_RDONLY))
         size, room = 32, room + 32
         while size == 32 or told[-2:] != bytes(2):  # an environment ends with one zero, and the room has no other bytes
-            if room + ENVIRONMENT_PIECE > SHIM_BASE + SHIM_ROOM:
+            if room + ENVIRONMENT_PIECE > SHIM_BASE + SHIM_ROOM or time.monotonic() > late:
                 return False
             frame += [("read", 0, 3, room, ENVIRONMENT_PIECE), ("write", ENVIRONMENT_PIECE, 1, room, ENVIRONMENT_PIECE)]
             size, room = size + ENVIRONMENT_PIECE, room + ENVIRONMENT_PIECE
             with asked_to("run a command in the container"):
                 stream.wire.send(shim_frame(machine, frame))
-            late, frame = time.monotonic() + ENGINE_SECONDS, []
+            frame = []
             while len(told) < size:
                 self._check(command)
                 command.patience.heard()
@@ -6692,8 +6734,9 @@ class Execs:
                 if data == b"" or time.monotonic() > late:
                     return False
                 told += b"".join(bytes(payload) for number, payload in reader.feed(data or b"") if number == 1)
+        stream.streamed()
         pid = told[:32].rstrip(b"\0")
-        if not re.fullmatch(rb"[0-9]{1,7}", pid) or int(pid) < 2:  # 1 is the init
+        if len(told) > size or not re.fullmatch(rb"[0-9]{1,7}", pid) or int(pid) < 2:  # 1 is the init
             return False
         command.pid = int(pid)
         command.environment = [each.decode("utf-8", "surrogateescape") for each in told[32:].rstrip(b"\0").split(b"\0")]
@@ -6712,32 +6755,29 @@ class Execs:
         except ValueError as error:
             raise BadRequest(details=[problem("is too long, with env", "entrypoint")]) from error
         self._check(command)
-        assert command.pid
-        if not job.run.waited:
-            self._store.begin_exec(exec_id, job.run.id, command.pid)
+        self._record(command, exec_id)
         command.log.hide(len(HANDED_OUT))
         with asked_to("run a command in the container"):
             for frame in frames:
                 stream.wire.send(frame)
         late = time.monotonic() + ENGINE_SECONDS
-        while command.log.hidden:
-            self._check(command)
+        while command.log.hidden and not command.log.full and not command.asked:  # one that is to end may have begun
             command.patience.heard()
             data = stream.next(command.patience.wake, late - time.monotonic())
-            if data == b"" or time.monotonic() > late:
-                if self._exit(engine, exec_id) == SHIM_GAVE_UP:
-                    why = "cannot be made, or is not a folder that the run's user may enter"
-                    raise BadRequest(details=[problem(why, "workdir")])
-                if self._has_run_ended(command, engine):
-                    raise Conflict("the run has ended", "not_running")
+            if data == b"" and self._exit(engine, exec_id) == SHIM_GAVE_UP:
+                raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
+            if data == b"":
+                self._must_run(command, engine)
                 raise EngineError("the command could not be started in the container")
+            if time.monotonic() > late:
+                command.ask("engine_error", "the engine did not say whether it has begun")
             command.log.feed(data or b"")
 
     @staticmethod
     def _exit(engine: Engine, exec_id: str) -> int | None:
         """The exit code of what has just closed its output, as soon as the engine has it; None when it goes on all the same."""
         pause = SETTLE_POLL_SECONDS
-        while (code := engine.exit_of(exec_id)) is None and pause < QUIET_SECONDS:
+        while (code := engine.command(exec_id)[0]) is None and pause < QUIET_SECONDS:
             time.sleep(pause)
             pause *= 2
         return code
@@ -6759,7 +6799,7 @@ class Execs:
                 command.starved = True
                 command.patience.ring()
 
-        if is_fed_before(data) and command.pid:
+        if data is None or (is_fed_before(data) and command.pid):  # which the shim has got with the rest
             with contextlib.suppress(OSError):
                 wire.half_close()
         else:
@@ -6767,16 +6807,17 @@ class Execs:
 
     def _see_out(self, command: Exec, engine: Engine, exec_id: str, stream: Reply) -> None:
         """Read to the end of its output and of itself, and see to its limits. Nothing here trusts the stream to end."""
-        kills, kill_at = 0, command.began + command.request.timeout
+        kills, kill_at, killed_at = 0, command.began + command.request.timeout, math.inf
         pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
         while True:
             command.patience.heard()
-            if command.log.full:
+            if command.log.full and not command.asked:
                 command.ask("output_limit", f"killed after its {command.request.output_limit} bytes of output")
-            if time.monotonic() >= kill_at:
+            if time.monotonic() >= kill_at and not command.asked:
                 command.ask("timeout", f"killed after its timeout of {command.request.timeout * 1000:.0f} ms")
             if command.asked and (not kills or time.monotonic() >= kill_at):
-                self._kill_again(command, kills)
+                self._kill_again(command, exec_id, kills)
+                killed_at = min(killed_at, time.monotonic())
                 kills, kill_at = kills + 1, time.monotonic() + KILL_SECONDS * 2**kills
                 pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + SETTLE_POLL_SECONDS
             if time.monotonic() >= look_at or (command.starved and not command.asked):
@@ -6794,34 +6835,36 @@ class Execs:
             command.patience.heard()
             command.listen(stream, left)
         command.doubt |= not command.deaf or command.log.cut
-        self._judge(command, engine, code, killed=bool(kills))
+        self._judge(command, engine, exec_id, code, killed_at)
 
     @staticmethod
     def _look(engine: Engine, exec_id: str) -> int | None:
         """Its exit code, None while it goes on or the engine does not say. Raises EngineMissing."""
         try:
-            return engine.exit_of(exec_id)
+            return engine.command(exec_id)[0]
         except EngineMissing:
             raise
         except EngineError as error:
             log.warning("exec: %s", error)
             return None
 
-    def _judge(self, command: Exec, engine: Engine, code: int | None, killed: bool = False) -> None:
+    def _judge(self, command: Exec, engine: Engine, exec_id: str, code: int | None, killed_at: float = math.inf) -> None:
         """Why it ended; its exit code if that is its own."""
         command.exit_code = code
-        if command.asked and killed and code == 137:
+        if command.asked and (command.log.hidden or (killed_at < math.inf and code == 137)):
             command.reason, command.error = command.asked
+            command.exit_code = None if command.log.hidden else code  # the shim's, which has not become it
         elif code in {137, None} and self._has_run_ended(command, engine):
             command.reason, command.error, command.exit_code = "run_ended", "killed because its run ended", None
         elif code is None:
             command.error = "the engine does not know it any more"
         elif code == ATTACH_BROKE and command.doubt:
             command.exit_code, command.error = None, "the connection that carried its output broke, and it was killed"
-            if command.pid:
-                self._kill(command.job, command.pid, 0)
+            self._kill(command.job, exec_id, command.pid)
         else:
             command.reason = "exited"
+            if command.asked and time.monotonic() > killed_at + KILL_SECONDS:
+                command.error = f"{command.asked[1]} was to be; but it could not be killed, and ended by itself"
 
     @staticmethod
     def _has_run_ended(command: Exec, engine: Engine) -> bool:
@@ -6839,35 +6882,71 @@ class Execs:
                     return True
         return False
 
-    def _kill_again(self, command: Exec, kills: int) -> None:
+    def _kill_again(self, command: Exec, exec_id: str, kills: int) -> None:
         """Kill what should end, for so many times before. Raises EngineError when that is of no use."""
         assert command.asked
-        if kills == MAX_EXEC_KILLS or command.pid is None:
+        command.reached |= self._kill(command.job, exec_id, command.pid)
+        if kills == MAX_EXEC_KILLS or not (command.reached or command.pid):
             command.reason, command.doubt = command.asked[0], True
-            why = "" if command.pid else f" ({NO_SHIM})"
-            raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends{why}")
-        self._kill(command.job, command.pid, kills)
+            raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends")
 
-    def _kill(self, job: Job, pid: int, kills: int) -> None:
-        """Have a shim kill a process group of a run's container."""
+    def _kill(self, job: Job, exec_id: str, pid: int) -> bool:
+        """Have a command's process group killed: by us, or by a shim in its container, where it has this pid. Whether we did."""
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
         patience.ring(hurry=True)
         engine = self._engine.for_one(patience)
         try:
-            machine = engine.machine()
-            assert machine
-            if kills:  # perhaps the shim was not there
-                put_shim(engine, job.container)
-            _, stream = engine.run_command(job.container, [SHIM], {})
-            with contextlib.closing(stream):
-                frame = [("kill", ANY_RESULT, -pid, signal.SIGKILL), ("exit_group", 0, 0)]
-                with asked_to("kill a command"):
-                    stream.wire.send(shim_frame(machine, frame))
-                stream.next(seconds=KILL_SECONDS)
+            code, pid_here, container = engine.command(exec_id)
+            if code is None and engine.local and kill_here(pid_here, container):
+                return True
+            if pid and (machine := engine.machine()):
+                self._kill_there(engine, machine, job.container, pid)
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
         finally:
             patience.close()
+        return False
+
+    @staticmethod
+    def _kill_there(engine: Engine, machine: Machine, container: str, pid: int) -> None:
+        """Have a shim kill a process group in its container, and if its leader is an init, that of the program it started."""
+        room, told = SHIM_BASE + SHIM_ROOM // 2, b""
+        with contextlib.closing(engine.start_command(engine.create_command(container, [SHIM], {}, "/"))) as stream:
+            frame: list[tuple[Any, ...]] = [("readlinkat", ANY_RESULT, AT_FDCWD, _c(f"/proc/{pid}/exe"), room, 128)]
+            frame.append(("openat", ANY_RESULT, AT_FDCWD, _c(f"/proc/{pid}/task/{pid}/children"), os.O_RDONLY))
+            frame += [("read", ANY_RESULT, 3, room + 128, 128), ("write", 256, 1, room, 256)]
+            with asked_to("kill a command"):
+                stream.wire.send(shim_frame(machine, frame))
+            reader, late = FrameReader(), time.monotonic() + KILL_SECONDS
+            while len(told) < 256 and (data := stream.next(seconds=late - time.monotonic())):
+                told += b"".join(bytes(payload) for _, payload in reader.feed(data))
+            groups = [pid, *(map(int, told[128:256].rstrip(b"\0").split()) if is_init(told[:128]) else ())]
+            with asked_to("kill a command"):
+                killing = [("kill", ANY_RESULT, -group, signal.SIGKILL) for group in groups]
+                stream.wire.send(shim_frame(machine, [*killing, ("exit_group", 0, 0)]))
+            stream.next(seconds=KILL_SECONDS)
+
+
+def is_init(path: bytes) -> bool:
+    """Whether this is the init that an engine gives its containers, which puts its child into a group of its own."""
+    return posixpath.basename(path.rstrip(b"\0")) in {b"docker-init", b"tini"}
+
+
+def kill_here(pid: int, container: str) -> bool:
+    """Kill a process group on this machine, and if its leader is an init, that of the program it started; false when it is not
+    seen, is not that container's, or is not ours to kill."""
+    process = Path(f"/proc/{pid}")
+    try:
+        if pid < 2 or not container or container not in (process / "cgroup").read_text():
+            return False
+        groups = [pid]
+        if is_init(bytes((process / "exe").readlink())):
+            groups += map(int, (process / f"task/{pid}/children").read_text().split())
+        for group in groups:
+            os.killpg(group, signal.SIGKILL)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -7611,8 +7690,10 @@ class Api:
         with contextlib.ExitStack() as place:
             place.enter_context(self._waiting_place())
             command = self._execs.admit(job, request)
-            followed = _followed(command.log)  # from before the start, so that nothing is missing
-            next(followed)
+            followed: Iterator[bytes | None] = iter(())
+            if EVENTS in accept or BYTES in accept:  # from before the start, so that nothing is missing
+                followed = _followed(command.log)
+                next(followed)
             place.callback(command.ask, "cancelled", "its client left")
             self._execs.start(command)
             if not self._wait(call, command.settled, math.inf):
@@ -7636,11 +7717,12 @@ class Api:
     def _raw(self, call: Call, command: Exec, followed: Iterator[bytes | None], place: contextlib.ExitStack) -> Answer:
         """Its stdout as bytes. What ended it stands in the head if it is over soon, and in any case behind a body that is sent as
         it comes."""
-        held, late = b"", time.monotonic() + PING_SECONDS
+        held, late, piece = b"", time.monotonic() + PING_SECONDS, None
         for piece in followed:
-            if piece and not held:
-                late = time.monotonic() + HELD_BACK_SECONDS
-            held += raw_log(piece or b"", "stdout")
+            new = raw_log(piece or b"", "stdout")
+            if new and not held:
+                late = min(late, time.monotonic() + HELD_BACK_SECONDS)
+            held += new
             if call.gone():
                 raise Gone
             if piece is None or len(held) > HELD_BACK_BYTES or time.monotonic() > late:
@@ -7648,15 +7730,15 @@ class Api:
         else:
             return Answer(200, held, {"Content-Type": BYTES, **_outcome(command)})
 
-        def pieces() -> Generator[bytes, None, None]:
+        def pieces(first: bytes | None) -> Generator[bytes, None, None]:
             yield held
-            for piece in followed:
-                if piece is None:
+            for each in itertools.chain([b"" if first is not None else None], followed):
+                if each is None:
                     raise LogGap
-                yield raw_log(piece, "stdout")
+                yield raw_log(each, "stdout")
             call.trailers |= _outcome(command)
 
-        answer = self._streamed(call, pieces(), BYTES, place.pop_all())
+        answer = self._streamed(call, pieces(piece), BYTES, place.pop_all())
         answer.headers["Trailer"] = "X-Exit-Code, X-Reason"
         return answer
 

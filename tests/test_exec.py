@@ -8,7 +8,9 @@ import hashlib
 import http.client
 import itertools
 import json
+import os
 import shutil
+import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -72,7 +74,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def room(shared: Daemon) -> Iterator[str]:
     """A run that waits, for tests that leave nothing in it."""
     with sandboxes(lambda: shared) as start:
-        yield start(files={"note": "from the run\n"}, env={"KEPT": "of the run"})
+        yield start(files={"note": "from the run\n"}, env={"KEPT": "of the run"}, idle=900_000)
 
 
 def post(daemon: Daemon, run: str, headers: dict[str, str] | None = None, **fields: Any) -> Response:
@@ -278,14 +280,159 @@ def test_a_program_that_is_not_there(shared: Daemon, room: str) -> None:
 
 
 def test_the_shim_may_go(shared: Daemon, sandbox: Sandbox) -> None:
-    """A program may remove or replace it: it is put there again."""
+    """A program may remove or replace it: then commands are run without."""
     run = sandbox()
     assert lines(shared, run, f"rm {lightrun.SHIM}; echo gone") == ["gone"]
     assert lines(shared, run, "echo back") == ["back"]
-    assert lines(shared, run, f"rm {lightrun.SHIM}; ln -s /bin/true {lightrun.SHIM}") == []
+    assert lines(shared, run, f"ln -s /bin/true {lightrun.SHIM}") == []
     assert lines(shared, run, "echo back") == ["back"]
-    state = execute(shared, run, f"rm {lightrun.SHIM}; sleep 60", timeout=500)
+    state = execute(shared, run, f"rm -f {lightrun.SHIM}; sleep 60", timeout=500)
     assert state["reason"] == "timeout"
+
+
+def test_a_run_without_idle(shared: Daemon, sandbox: Sandbox) -> None:
+    """Nothing is put into a container that runs; what the engine alone can do is enough."""
+    run = shared.detach(entrypoint="sleep 1000", files={"note": "x\n"}, env={"KEPT": "of the run"})
+    shared.wait_for(run, lambda state: state.get("phase") == "running")
+    try:
+        assert lines(shared, run, "cat note; pwd; echo $KEPT $MORE; cat", env={"MORE": "and more"}, stdin="in\n") == [
+            "x", "/app", "of the run and more", "in",
+        ]  # fmt: skip
+        assert lines(shared, run, "pwd", workdir="/bin") == ["/bin"]
+        for missing in ("/no/such", "/app/note"):
+            response = post(shared, run, entrypoint="true", workdir=missing)
+            assert (response.status, response.json()["details"][0]["path"]) == (400, ["workdir"])
+        state = execute(shared, run, "sleep 101 & setsid sleep 102 >/dev/null 2>&1 & sleep 103", timeout=500)
+        assert (state["reason"], state["exitCode"]) == ("timeout", 137)
+        assert sorted(processes(shared, run)) == ["sleep 1000", "sleep 102"]
+        state = execute(shared, run, ["nosuch"])
+        assert (state["reason"], "nosuch" in state["logs"][0]) == ("exited", True)
+        assert state["exitCode"] in {126, 127}
+        assert lines(shared, run, "ls -a / | grep -c lightrun || true") == ["0"]
+    finally:
+        shared.request("POST", f"/runs/{run}/cancel")
+
+
+def test_a_script_without_a_first_line_is_killed(shared: Daemon, sandbox: Sandbox) -> None:
+    """The init runs it by a shell, and gives it a process group of its own."""
+    run = sandbox(files={"script": "sleep 104\n"})
+    state = execute(shared, run, ["./script"], timeout=500)
+    assert (state["reason"], state["exitCode"]) == ("timeout", 137)
+    assert eventually(lambda: processes(shared, run) == [lightrun.SHIM])
+
+
+def test_a_shim_kills_where_we_cannot(shared: Daemon, sandbox: Sandbox, engine: docker.APIClient) -> None:
+    """As on a machine far away: by kill(2) in the container, and the child of an init too."""
+    run = sandbox(files={"script": "sleep 104\n"})
+    view = lightrun.Engine(lightrun.Settings(), "")
+    machine = view.machine()
+    assert machine
+    with ThreadPoolExecutor() as pool:
+        for entrypoint in (["sleep", "104"], ["./script"]):
+            going = pool.submit(execute, shared, run, entrypoint)
+            assert eventually(lambda: any("sleep 104" in each for each in top(shared, run)))
+            with contextlib.closing(sqlite3.connect(shared.state_dir / "lightrun.db")) as database:
+                [(pid,)] = database.execute("SELECT pid FROM execs WHERE run = ?", [run]).fetchall()
+            lightrun.Execs._kill_there(view, machine, container(shared, run), pid)
+            assert (going.result()["exitCode"], going.result()["reason"]) == (137, "exited")
+            assert eventually(lambda: processes(shared, run) == [lightrun.SHIM])
+
+
+def test_nothing_of_others_is_killed() -> None:
+    assert not lightrun.kill_here(os.getpid(), "0" * 64)
+    assert not lightrun.kill_here(os.getpid(), "")
+    assert not lightrun.kill_here(1, "")
+    assert not lightrun.kill_here(4_000_000, "a")
+
+
+@pytest.mark.parametrize(
+    "fake",
+    [
+        "printf 99; exec yes AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "yes & exec cat >/dev/null", "exec sleep 600",
+        "printf 99999999999999999999999999999999; head -c 16384 /dev/zero; sleep 1", "exit 0", "cat",
+    ],
+)  # fmt: skip
+def test_a_shim_that_was_replaced(shared: Daemon, sandbox: Sandbox, fake: str) -> None:
+    """Nothing hangs, and commands are run without it."""
+    run = sandbox()
+    write = f"rm -rf {lightrun.SHIM}; printf '%s\\n' '#!/bin/sh' '{fake}' > {lightrun.SHIM}; chmod 755 {lightrun.SHIM}"
+    assert lines(shared, run, write) == []
+    began = time.monotonic()
+    assert lines(shared, run, "echo hello") == ["hello"]
+    assert time.monotonic() - began < 15
+    state = execute(shared, run, "sleep 60", timeout=300)
+    assert (state["reason"], state["exitCode"]) == ("timeout", 137)
+
+
+def test_a_folder_in_the_shims_place(shared: Daemon, sandbox: Sandbox) -> None:
+    run = sandbox()
+    state = execute(shared, run, f"rm -f {lightrun.SHIM}; mkdir -p {lightrun.SHIM}/a; sleep 60", timeout=500)
+    assert (state["reason"], state["durationMs"] < 5000) == ("timeout", True)
+    assert lines(shared, run, "echo goes on") == ["goes on"]
+
+
+def test_a_cancel_while_a_shim_does_not_answer(shared: Daemon, sandbox: Sandbox) -> None:
+    run = sandbox()
+    fake = f"rm {lightrun.SHIM}; printf '#!/bin/sh\nprintf 99; exec yes AAAAAAAAAAAAAAAAAAAAAA\n' > {lightrun.SHIM}"
+    assert lines(shared, run, f"{fake}; chmod 755 {lightrun.SHIM}") == []
+    with ThreadPoolExecutor() as pool:
+        going = pool.submit(post, shared, run, entrypoint="true")
+        time.sleep(1)
+        shared.request("POST", f"/runs/{run}/cancel")
+        began = time.monotonic()
+        assert shared.wait(run)["reason"] == "cancelled"
+        assert time.monotonic() - began < 6
+        assert going.result().status in {409, 503} or going.result().json()["reason"] in {"run_ended", "exited"}
+
+
+def test_a_workdir_that_was_removed(shared: Daemon, sandbox: Sandbox) -> None:
+    run = sandbox(files={"x": "1"})
+    assert lines(shared, run, "rm -rf /app") == []
+    assert post(shared, run, entrypoint="pwd").json()["details"][0]["path"] == ["workdir"]
+    assert lines(shared, run, "pwd", workdir="/app") == ["/app"]
+    assert lines(shared, run, "pwd") == ["/app"]
+
+
+def test_memory_that_is_full_keeps_no_timeout_off(shared: Daemon, sandbox: Sandbox) -> None:
+    run = sandbox(memory="64m")
+    state = execute(shared, run, "dd if=/dev/zero of=/dev/shm/f bs=1M count=60 2>/dev/null; sleep 100", timeout=3000)
+    assert state["durationMs"] < 12_000
+    assert (state["reason"], state["exitCode"]) in {("timeout", 137), ("exited", 137)}
+
+
+def test_output_limit_on_stderr(shared: Daemon, room: str) -> None:
+    for _ in range(8):
+        state = execute(shared, room, "echo hi >&2; sleep 20", outputLimit=1, splitLogs=True)
+        assert (state["reason"], state["stderr"]) == ("output_limit", "h")
+        assert state["durationMs"] < SOON_SECONDS * 1000
+
+
+def test_json_spools_nothing(shared: Daemon, sandbox: Sandbox) -> None:
+    run = sandbox(memory="64m")
+
+    def spooled() -> int:
+        found = 0
+        for path in Path(f"/proc/{shared.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found += path.stat().st_size if "(deleted)" in str(path.readlink()) else 0
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        going = pool.submit(execute, shared, run, "head -c 100000000 /dev/zero; sleep 1")
+        most = 0
+        while not going.done():
+            most = max(most, spooled())
+            time.sleep(0.05)
+    assert going.result()["logsTruncated"]
+    assert most < 10_000_000
+
+
+def test_stderr_alone_does_not_hold_back_the_head(shared: Daemon, room: str) -> None:
+    script = "i=0; while [ $i -lt 40 ]; do echo x >&2; sleep 0.5; i=$((i+1)); done"
+    began = time.monotonic()
+    with shared.open("POST", f"/runs/{room}/exec", json={"entrypoint": script}, headers=RAW) as response:
+        assert time.monotonic() - began < 17
+        assert response.status == 200
 
 
 # ---------------------------------------------------------------- Large, many
