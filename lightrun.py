@@ -5358,25 +5358,22 @@ class Places:
     def at_once(self, job: Job) -> None:
         """Run a job whose container is there already, or which only has to end, if it waits."""
         with self._lock:
-            if job not in self._queues.get(job.run.owner, ()):
+            waiting = self._queues.get(job.run.owner, collections.deque())
+            if job not in waiting:
                 return
-            self._dequeue(job.run.owner, job)
+            waiting.remove(job)
+            if not waiting:
+                del self._queues[job.run.owner]
             self._urgent.append(job)
             self._workers += 1
         self._spawn()
 
-    def _dequeue(self, owner: str | None, job: Job) -> None:
-        """Under the lock: take a job of a name, which then has to wait for its next turn."""
-        waiting = self._queues.pop(owner)
-        waiting.remove(job)
-        if waiting:
-            self._queues[owner] = waiting
-
     def hire(self) -> None:
         """More workers, as many as there is work for and there may be."""
         with self._lock:
-            mine = [min(len(waiting), self._room(owner)) for owner, waiting in self._queues.items()]
-            new = int(max(0, min(self._most - self._workers, sum(mine))))
+            work = sum(min(len(waiting), self._room(owner)) for owner, waiting in self._queues.items())
+            coming = self._workers - self._running.total()  # those that are about to look for some
+            new = int(max(0, min(self._most - self._workers, work - coming)))
             self._workers += new
         for _ in range(new):
             self._spawn()
@@ -5395,8 +5392,10 @@ class Places:
             return self._urgent.popleft()
         for owner, waiting in self._queues.items():
             if self._room(owner) > 0:
-                job = waiting[0]
-                self._dequeue(owner, job)
+                job = waiting.popleft()
+                del self._queues[owner]
+                if waiting:
+                    self._queues[owner] = waiting  # last, until its next turn
                 return job
         return None
 
