@@ -353,6 +353,15 @@ def test_readme_lists_them() -> None:
     assert set(lightrun.METRICS) <= told
 
 
+def test_the_alerts_are_of_metrics_that_are_there(tmp_path: Path) -> None:
+    [rules] = re.findall(r"```yaml\n(groups:\n.*?)```\n", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "rules.yml").write_text(rules)
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    named = set(re.findall(r"\b((?:lightrun|process)_\w+)", rules))
+    assert {re.sub("_bucket$", "", name) for name in named} <= set(lightrun.METRICS)
+
+
 def test_promtool_has_nothing_to_say(teams: Daemon) -> None:
     post(teams, ALL)
     text = teams.request("GET", "/metrics", headers=ALL).body
