@@ -24,7 +24,8 @@ breaks on the way to the engine is tried again from where it stands (Runner._per
 enters the same line.
 
 Threads: the server's loop; its handlers (waitress), of which a fixed number may wait; one worker for each run that holds
-a place, plus one while stdin is fed and one for each image being pulled; the keeper, which watches an absent engine and
+a place, plus one while stdin is fed and one for each image being pulled; one for each command in a run, plus one while its
+stdin is fed; the listener to the engine's events, if there are pools; the keeper, which watches an absent engine and
 sweeps what could not be removed; the maker of warm containers; deliveries of callbacks; the writer of the log. Each lock
 stands where it is made, beside the names of what it guards.
 """
@@ -744,11 +745,11 @@ def _together(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
             yield problem(f"must have, with its name, at most {MAX_ARGUMENT_BYTES} bytes", "env", name)
     if "input" in body and "stdin" in body:
         yield problem("cannot go together with input", "stdin")
-    for name in {"callbackUrl", "idle"} & body.keys():
-        if body.get("detached") is not True:
+    for name in ("callbackUrl", "idle"):
+        if name in body and body.get("detached") is not True:
             yield problem("needs detached", name)
-    for name in {"input", "stdin"} & body.keys():
-        if "idle" in body and "entrypoint" not in body:
+    for name in ("input", "stdin"):
+        if name in body and "idle" in body and "entrypoint" not in body:
             yield problem("needs an entrypoint when there is idle", name)
     if "callbackSecret" in body and "callbackUrl" not in body:
         yield problem("needs callbackUrl", "callbackSecret")
@@ -2971,6 +2972,11 @@ class Wire:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it has not come to its end, nor was let go."""
+        return not self._ended and self._sock.fileno() >= 0
+
     def close(self) -> None:
         """Let the connection go. HTTPResponse calls this at the end of an answer; to say it twice is harmless."""
         self._sock.close()
@@ -3605,10 +3611,11 @@ class Engine:
 
     @asked_to("look at the command")
     def command(self, exec_id: str) -> tuple[int | None, int, str]:
-        """The exit code of a command that was started, None while it goes on; its pid where the engine is; its container's id."""
+        """The exit code of a command, None while it goes on or has yet to be started; its pid where the engine is, 0 before; its
+        container's id."""
         about = self._call("GET", f"/exec/{exec_id}/json").json()
         running, code = about["Running"], about["ExitCode"]
-        if not isinstance(running, bool) or not (running or isinstance(code, int)):
+        if not isinstance(running, bool) or not isinstance(code, (int, type(None))):
             raise ValueError("not a state")
         return None if running else code, int(about["Pid"]), str(about["ContainerID"])
 
@@ -4378,12 +4385,14 @@ class Deaths:
 
     def _listen(self) -> None:
         while True:
+            began = time.monotonic()
             with contextlib.suppress(EngineError):
                 for container, exit_code, at in self._engine.deaths():
                     with self._lock:
                         if container in self._told:
                             self._told[container] = exit_code, at
-            time.sleep(RETRY_SECONDS)
+            if time.monotonic() < began + RETRY_SECONDS:  # else it was the silence that was too long
+                time.sleep(RETRY_SECONDS)
 
 
 MISSES = ("image", "network", "limits", "user", "command", "environment", "stdin", "empty", "failed")
@@ -5181,6 +5190,7 @@ class Job:
         self.asked: Ask | None = None
         self.execs: set[Patience] = set()  # of commands that go on in it
         self.quiet_since = math.inf  # monotonic: since when there is none
+        self.has_shim = request.idle is not None  # in its container, for commands; as far as is known
         self._lock = threading.Lock()  # guards asked, execs and quiet_since
         self._born = self._entered = time.monotonic()
         self.patience = Patience(HURRY_SECONDS)
@@ -5231,14 +5241,16 @@ class Job:
     def idle_at(self) -> float:
         """When (monotonic) it has been idle for too long, if no command comes."""
         with self._lock:
-            return math.inf if self.request.idle is None or self.execs else self.quiet_since + self.request.idle
+            return self._idle_at()
+
+    def _idle_at(self) -> float:
+        busy = self.request.idle is None or self.execs or self.asked
+        return math.inf if busy else self.quiet_since + (self.request.idle or 0)
 
     def is_forgotten(self) -> bool:
-        """Whether that is so, and nothing else is asked of it: it is to end then."""
-        if time.monotonic() < self.idle_at():
-            return False
+        """Whether that is so: it is to end then."""
         with self._lock:
-            if self.asked or self.execs:
+            if time.monotonic() < self._idle_at():
                 return False
             self.asked = Ask("idle", "SIGTERM")
             return True
@@ -6105,7 +6117,10 @@ class Runner:
         if job.log.full:
             job.ask(Ask("output_limit"))
         if job.is_forgotten() and (ask := job.asked):
-            self._insist(job, lambda: self._store.ask(job.run.id, ask.recorded))
+            try:
+                self._store.ask(job.run.id, ask.recorded)
+            except (Unavailable, StorageUncertain) as error:  # with a full disk too: what ends a run makes room
+                log.error("run %s: %s", job.run.id, error)
         if job.request.cpu_time is not None and time.monotonic() >= job.meter_at:
             used = job.slot.cpu_time() if job.slot else None
             left = math.inf if used is None else job.request.cpu_time - used / 1e9
@@ -6461,15 +6476,15 @@ def _shift(low: float, high: float, earliest: float, latest: float) -> float:
 class Exec:
     """A command in the container of a run in progress: what Job is to a run. Nothing of it outlives lightrun."""
 
-    def __init__(self, job: Job, request: RunRequest, settings: Settings, tree: Tree) -> None:
-        self.job, self.request, self.tree = job, request, tree
+    def __init__(self, job: Job, request: RunRequest, settings: Settings, tree: Tree, held: contextlib.ExitStack) -> None:
+        self.job, self.request, self.tree, self.held = job, request, tree, held
         self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
         self.patience = Patience(HURRY_SECONDS)
         self.settled, self.done = threading.Event(), threading.Event()  # it has begun, or it has ended before; it has ended
         self.refusal: LightrunError | None = None  # why it has not begun
         self.born, self.began, self.ended = time.monotonic(), math.inf, math.inf
         self.pid = 0  # in the container; 0 where that cannot be told
-        self.recorded = self.reached = False  # for the next daemon to kill; killed by us, though the engine may be late to say so
+        self.recorded = False  # for the next daemon to kill
         self.environment: list[str] = []
         self.reason, self.error, self.oom_killed = "engine_error", "", False  # as far as is known
         self.exit_code: int | None = None
@@ -6539,23 +6554,28 @@ class Execs:
         """A command that has a place in its run, and is to be started. Raises Conflict, Unavailable, BadRequest."""
         if self.stopping:
             raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
-        tree = self._tree(request, None, job.run.owner)
-        tree.check()
-        try:
-            command = Exec(job, request, self._settings, tree)
-        except OSError as error:
-            raise Unavailable("busy", f"lightrun has no room for another command: {error.strerror}") from error
-        try:
+        with contextlib.ExitStack() as undone:
+            named = [each.run_id for each in request.contents() if isinstance(each, Reference)]
+            held = undone.enter_context(self._evictor.hold(named, None))
+            tree = self._tree(request, None, job.run.owner)
+            tree.check()
+            try:
+                command = Exec(job, request, self._settings, tree, held)
+            except OSError as error:
+                raise Unavailable("busy", f"lightrun has no room for another command: {error.strerror}") from error
+            undone.callback(command.patience.close)
             job.admit(command.patience, self._settings.max_exec)
-        except LightrunError:
-            command.patience.close()
-            raise
-        return command
+            undone.pop_all()
+            return command
 
     def start(self, command: Exec) -> None:
         """Start it. Raises Unavailable."""
         with self._lock:
-            self._going_on.add(command)
+            if not (stopping := self.stopping):
+                self._going_on.add(command)
+        if stopping:
+            self._let_go(command)
+            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
         try:
             threading.Thread(target=self._execute, args=(command,), name="exec", daemon=True).start()
         except RuntimeError as error:
@@ -6564,9 +6584,8 @@ class Execs:
 
     def stop(self, deadline: float) -> None:
         """Take no more, leave them time until then (monotonic), then kill them and wait a little for their ends."""
-        self.stopping = True
         with self._lock:
-            left = list(self._going_on)
+            self.stopping, left = True, list(self._going_on)
         for command in left:
             command.done.wait(max(0.0, deadline - time.monotonic()))
         last = time.monotonic() + INTERRUPT_SECONDS
@@ -6581,29 +6600,35 @@ class Execs:
             threading.Thread(target=self._recover, args=(left, job_of), name="exec", daemon=True).start()
 
     def _recover(self, left: list[tuple[str, str, int]], job_of: Callable[[str], Job | None]) -> None:
-        for exec_id, run_id, pid in left:
-            kills = 0
-            while (job := job_of(run_id)) and kills < MAX_EXEC_KILLS:
-                try:
-                    if self._engine.command(exec_id)[0] is not None:
-                        break
-                    self._kill(job, exec_id, pid)
-                    kills += 1
-                except EngineMissing:
-                    break
-                except EngineError as error:
-                    log.warning("exec in run %s: %s", run_id, error)
-                time.sleep(FIRST_LOOK_SECONDS if kills == 1 else RETRY_SECONDS)
-            with contextlib.suppress(LightrunError):  # the next daemon sees to it
-                self._store.end_exec(exec_id)
+        kills: collections.Counter[str] = collections.Counter()
+        while left:
+            for exec_id, run_id, pid in list(left):
+                job = job_of(run_id)
+                if job is None or kills[exec_id] == MAX_EXEC_KILLS or self._is_over(job, exec_id, pid, kills):
+                    left.remove((exec_id, run_id, pid))
+                    with contextlib.suppress(LightrunError):  # the next daemon sees to it
+                        self._store.end_exec(exec_id)
+            time.sleep(FIRST_LOOK_SECONDS if kills.total() <= len(left) else RETRY_SECONDS)
+
+    def _is_over(self, job: Job, exec_id: str, pid: int, kills: collections.Counter[str]) -> bool:
+        """Whether an earlier daemon's command has ended; it is killed if not."""
+        try:
+            if self._engine.command(exec_id)[0] is not None:
+                return True
+            self._kill(job, exec_id, pid)
+            kills[exec_id] += 1
+        except EngineMissing:
+            return True
+        except EngineError as error:
+            log.warning("exec in run %s: %s", job.run.id, error)
+        return False
 
     # -- one command
 
     def _execute(self, command: Exec) -> None:
         """One command from its place to its end."""
         try:
-            with self._evictor.hold([each.run_id for each in command.request.contents() if isinstance(each, Reference)], None):
-                self._line(command, self._engine.for_one(command.patience))
+            self._line(command, self._engine.for_one(command.patience))
         except LightrunError as error:
             command.error = str(error)
             if not command.settled.is_set():
@@ -6630,6 +6655,7 @@ class Execs:
     def _let_go(self, command: Exec) -> None:
         command.job.dismiss(command.patience)  # before its client can ask for another
         command.end()
+        command.held.close()
         command.patience.close()
         with self._lock:
             self._going_on.discard(command)
@@ -6647,6 +6673,9 @@ class Execs:
                     self._see_out(command, engine, exec_id, stream)
                 except EngineMissing:
                     self._judge(command, engine, exec_id, None)
+        except Exception:
+            self._kill(command.job, exec_id, command.pid)
+            raise
         finally:
             self._forget(command, exec_id)
         command.oom_killed = command.exit_code != 0 and kills is not None and slot is not None and (slot.kills() or 0) > kills
@@ -6664,16 +6693,17 @@ class Execs:
 
     def _enter(self, command: Exec, engine: Engine) -> tuple[str, Reply] | None:
         """Have the shim become the command; None when there is none, or it is not what it was."""
-        machine = engine.machine() if command.job.request.idle is not None else None
+        machine = engine.machine() if command.job.has_shim else None
         if machine is None:
             return None
-        exec_id = engine.create_command(command.job.container, [SHIM], command.request.env, "/")
+        exec_id = engine.create_command(command.job.container, [SHIM], self._env(command), "/")
         with contextlib.ExitStack() as opened:
             stream, heard = opened.enter_context(contextlib.closing(engine.start_command(exec_id))), False
             with contextlib.suppress(EngineAbsent):  # if it is not the shim that takes nothing, that shows in a moment
                 heard = self._hear(command, stream, machine)
             if not heard:
                 self._must_run(command, engine)
+                command.job.has_shim = False
                 return None
             opened.callback(self._forget, command, exec_id)
             self._become(command, engine, exec_id, stream, machine)
@@ -6689,14 +6719,22 @@ class Execs:
             self._must_run(command, engine)
             raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
         command.pid = 0
-        exec_id = engine.create_command(job.container, request.command or [], request.env, workdir)
+        exec_id = engine.create_command(job.container, request.command or [], self._env(command), workdir)
         self._check(command)
         self._record(command, exec_id)
         try:
             return exec_id, engine.start_command(exec_id)
+        except EngineAbsent as error:  # it may have begun
+            self._kill(job, exec_id, 0)
+            raise EngineError(f"it may not have begun, and was killed if it had: {error}") from error
         except LightrunError:
             self._forget(command, exec_id)
             raise
+
+    @staticmethod
+    def _env(command: Exec) -> dict[str, str]:
+        """The run's variables, which a warm container was not made with, and its own over them."""
+        return {**command.job.request.env, **command.request.env}
 
     @staticmethod
     def _must_run(command: Exec, engine: Engine) -> None:
@@ -6762,13 +6800,17 @@ class Execs:
         late = time.monotonic() + ENGINE_SECONDS
         while command.log.hidden and not command.log.full and not command.asked:  # one that is to end may have begun
             command.patience.heard()
-            data = stream.next(command.patience.wake, late - time.monotonic())
-            if data == b"" and self._exit(engine, exec_id) == SHIM_GAVE_UP:
-                raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
-            if data == b"":
+            data, code = None, None
+            with contextlib.suppress(EngineAbsent):
+                data = stream.next(command.patience.wake, late - time.monotonic())
+                code = self._exit(engine, exec_id) if data == b"" else None
+            if code is not None:
                 self._must_run(command, engine)
+                mode = (engine.stat(job.container, workdir) or (0, ""))[0]
+                if code == SHIM_GAVE_UP and not mode & (GO_MODE_FOLDER | GO_MODE_LINK):
+                    raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
                 raise EngineError("the command could not be started in the container")
-            if time.monotonic() > late:
+            if not data and (data == b"" or time.monotonic() > late or not stream.wire.alive):
                 command.ask("engine_error", "the engine did not say whether it has begun")
             command.log.feed(data or b"")
 
@@ -6783,9 +6825,7 @@ class Execs:
 
     def _feed(self, command: Exec, stream: Reply) -> None:
         """Write its stdin, by a thread of its own when it did not go before it."""
-        data = command.request.stdin
-        command.request = dataclasses.replace(command.request, stdin=None)
-        wire = stream.wire
+        data, wire = command.request.stdin, stream.wire
         wire.patience = None
         wire.stream(math.inf)  # the program may leave it waiting
 
@@ -6863,7 +6903,7 @@ class Execs:
         else:
             command.reason = "exited"
             if command.asked and time.monotonic() > killed_at + KILL_SECONDS:
-                command.error = f"{command.asked[1]} was to be; but it could not be killed, and ended by itself"
+                command.error = f"it ended by itself, and could not be killed when it was to be ({command.asked[1]})"
 
     @staticmethod
     def _has_run_ended(command: Exec, engine: Engine) -> bool:
@@ -6871,40 +6911,39 @@ class Execs:
         job = command.job
         for pause in (0, 0.05, 0.1, 0.2):
             time.sleep(pause)
-            if job.done.is_set() or job.run.phase != "running":
+            if job.done.is_set() or job.dropped or job.run.phase != "running":
                 return True
-            with contextlib.suppress(EngineConflict, EngineAbsent):
-                try:
-                    if not engine.inspect(job.container).running:
-                        return True
-                except EngineMissing:
+            try:
+                if not engine.inspect(job.container).running:
                     return True
+            except EngineMissing:
+                return True
+            except EngineError as error:
+                log.warning("exec in run %s: %s", job.run.id, error)
         return False
 
     def _kill_again(self, command: Exec, exec_id: str, kills: int) -> None:
         """Kill what should end, for so many times before. Raises EngineError when that is of no use."""
         assert command.asked
-        command.reached |= self._kill(command.job, exec_id, command.pid)
-        if kills == MAX_EXEC_KILLS or not (command.reached or command.pid):
+        self._kill(command.job, exec_id, command.pid)
+        if kills == MAX_EXEC_KILLS or not (self._engine.local or command.pid):
             command.reason, command.doubt = command.asked[0], True
             raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends")
 
-    def _kill(self, job: Job, exec_id: str, pid: int) -> bool:
-        """Have a command's process group killed: by us, or by a shim in its container, where it has this pid. Whether we did."""
+    def _kill(self, job: Job, exec_id: str, pid: int) -> None:
+        """Have a command's process group killed: by us, or by a shim in its container, where it has this pid."""
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
         patience.ring(hurry=True)
         engine = self._engine.for_one(patience)
         try:
             code, pid_here, container = engine.command(exec_id)
-            if code is None and engine.local and kill_here(pid_here, container):
-                return True
-            if pid and (machine := engine.machine()):
+            seen = code is None and engine.local and kill_here(pid_here, container)
+            if not seen and pid and (machine := engine.machine()):
                 self._kill_there(engine, machine, job.container, pid)
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
         finally:
             patience.close()
-        return False
 
     @staticmethod
     def _kill_there(engine: Engine, machine: Machine, container: str, pid: int) -> None:
@@ -7116,7 +7155,7 @@ def _for(call: Call, state: dict[str, Any]) -> dict[str, Any]:
 def _outcome(command: Exec) -> dict[str, str]:
     """What became of a command, as header fields."""
     code = {} if command.exit_code is None else {"X-Exit-Code": str(command.exit_code)}
-    return {**code, "X-Reason": command.reason}
+    return {**code, "X-Reason": command.reason, **({"X-Logs-Truncated": "true"} if command.doubt else {})}
 
 
 @dataclasses.dataclass
@@ -7148,10 +7187,6 @@ class Call:
     def trailers(self) -> dict[str, str]:
         """Header fields that are to follow a body that is sent in pieces (RFC 9110, 6.5)."""
         return self._environ.setdefault("lightrun.trailers", {})  # type: ignore[no-any-return]
-
-    @trailers.setter
-    def trailers(self, fields: dict[str, str]) -> None:
-        self._environ["lightrun.trailers"] = fields
 
     def remote(self, trusted: Sequence[str]) -> str:
         """Whose request it is."""
@@ -7709,7 +7744,8 @@ class Api:
 
     @staticmethod
     def _exec_events(command: Exec, followed: Iterator[bytes | None]) -> Iterator[dict[str, Any]]:
-        yield {"event": "started"}
+        if command.began < math.inf:
+            yield {"event": "started"}
         yield from _log_events(followed)
         yield {"event": "finished", "exec": command.state()}
 
@@ -7731,14 +7767,16 @@ class Api:
 
         def pieces(first: bytes | None) -> Generator[bytes, None, None]:
             yield held
-            for each in itertools.chain([b"" if first is not None else None], followed):
+            if first is None:
+                raise LogGap
+            for each in followed:
                 if each is None:
                     raise LogGap
                 yield raw_log(each, "stdout")
-            call.trailers |= _outcome(command)
+            call.trailers.update(_outcome(command))
 
         answer = self._streamed(call, pieces(piece), BYTES, place.pop_all())
-        answer.headers["Trailer"] = "X-Exit-Code, X-Reason"
+        answer.headers["Trailer"] = "X-Exit-Code, X-Reason, X-Logs-Truncated"
         return answer
 
     def runs(self, call: Call) -> Answer:
