@@ -424,8 +424,8 @@ def test_an_adopted_run(daemon: DaemonFactory) -> None:
     assert [(state["reason"], state["exitCode"]) for state in states] == [
         ("exited", 0), ("timeout", 137), ("exited", 125), ("exited", 125),
     ]  # fmt: skip
-    assert 4000 <= states[1]["timings"]["run"] < 5000
-    assert 1000 <= states[2]["timings"]["run"] < 1500
+    assert 4000 <= states[1]["timings"]["run"] < 6500  # 7,000 or more, were it counted from the adoption
+    assert 1000 <= states[2]["timings"]["run"] < 3000
     logs = [lightrun_.request("GET", f"/runs/{run}/logs").body for run in runs]
     assert logs == [b"in\nbefore\nafter\n", b"", b"", b"\0out\n"]
     assert not any(state["logsTruncated"] for state in states)
