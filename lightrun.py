@@ -240,6 +240,11 @@ class Unavailable(LightrunError, status=503):
         super().__init__(message, code, {"Retry-After": str(retry_after)})
 
 
+def going_down(settings: Settings) -> Unavailable:
+    """What a daemon that stops says to whoever wants something begun."""
+    return Unavailable("stopping", "lightrun is going down", math.ceil(settings.drain) or 1)
+
+
 class RunEnds(Exception):
     """Raised inside a run to end it before its container could: a reason of SPEC 2 and a sentence."""
 
@@ -5580,7 +5585,7 @@ class Runner:
         self, request: RunRequest, key: str | None, digest: str, upload: Upload | None, owner: str | None, remote: str
     ) -> Job:
         if self.stopping:
-            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
+            raise going_down(self._settings)
         if not self._keeper.engine_up:
             raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
@@ -6553,7 +6558,7 @@ class Execs:
     def admit(self, job: Job, request: RunRequest) -> Exec:
         """A command that has a place in its run, and is to be started. Raises Conflict, Unavailable, BadRequest."""
         if self.stopping:
-            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
+            raise going_down(self._settings)
         with contextlib.ExitStack() as undone:
             named = [each.run_id for each in request.contents() if isinstance(each, Reference)]
             held = undone.enter_context(self._evictor.hold(named, None))
@@ -6575,7 +6580,7 @@ class Execs:
                 self._going_on.add(command)
         if stopping:
             self._let_go(command)
-            raise Unavailable("stopping", "lightrun is going down", math.ceil(self._settings.drain) or 1)
+            raise going_down(self._settings)
         try:
             threading.Thread(target=self._execute, args=(command,), name="exec", daemon=True).start()
         except RuntimeError as error:
@@ -6714,10 +6719,7 @@ class Execs:
         """Run the command itself. Raises BadRequest for a workdir that is not there: nothing can make it."""
         request, job = command.request, command.job
         workdir = request.workdir or job.request.workdir or "/"
-        mode = (engine.stat(job.container, workdir) or (0, ""))[0]
-        if not mode & (GO_MODE_FOLDER | GO_MODE_LINK):
-            self._must_run(command, engine)
-            raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
+        self._must_have(command, engine, workdir)
         command.pid = 0
         exec_id = engine.create_command(job.container, request.command or [], self._env(command), workdir)
         self._check(command)
@@ -6735,6 +6737,13 @@ class Execs:
     def _env(command: Exec) -> dict[str, str]:
         """The run's variables, which a warm container was not made with, and its own over them."""
         return {**command.job.request.env, **command.request.env}
+
+    def _must_have(self, command: Exec, engine: Engine, workdir: str) -> None:
+        """Raises BadRequest for a workdir that is no folder in its container, Conflict when its run has ended."""
+        mode = (engine.stat(command.job.container, workdir) or (0, ""))[0]
+        if not mode & (GO_MODE_FOLDER | GO_MODE_LINK):
+            self._must_run(command, engine)
+            raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
 
     @staticmethod
     def _must_run(command: Exec, engine: Engine) -> None:
@@ -6806,9 +6815,8 @@ class Execs:
                 code = self._exit(engine, exec_id) if data == b"" else None
             if code is not None:
                 self._must_run(command, engine)
-                mode = (engine.stat(job.container, workdir) or (0, ""))[0]
-                if code == SHIM_GAVE_UP and not mode & (GO_MODE_FOLDER | GO_MODE_LINK):
-                    raise BadRequest(details=[problem(BAD_WORKDIR, "workdir")])
+                if code == SHIM_GAVE_UP:
+                    self._must_have(command, engine, workdir)
                 raise EngineError("the command could not be started in the container")
             if not data and (data == b"" or time.monotonic() > late or not stream.wire.alive):
                 command.ask("engine_error", "the engine did not say whether it has begun")
