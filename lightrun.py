@@ -60,7 +60,6 @@ import logging
 import math
 import os
 import posixpath
-import queue
 import random
 import re
 import resource
@@ -8587,7 +8586,6 @@ def read_settings(options: Mapping[str, Any], environment: Mapping[str, str]) ->
 
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends it at once. SIGHUP has the tokens read again."""
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     ending = threading.Event()
 
     def tell(number: int, _frame: Any) -> None:
@@ -8595,15 +8593,17 @@ def serve(settings: Settings) -> int:
             if ending.is_set():
                 os._exit(1)
             ending.set()
-        signals.put(number)
 
+    signals, told = os.pipe()  # a signal that comes just before a wait would not end it; what lies in a pipe does
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, tell)
     with contextlib.closing(_set_up_logging(settings.log_format)):
         _set_up_process()
         daemon = Daemon(settings)
         daemon.start()
-        while signals.get() == signal.SIGHUP:
+        while os.read(signals, 1) == bytes([signal.SIGHUP]):
             daemon.reload()
         log.info("going down")
         daemon.stop()

@@ -256,6 +256,8 @@ def test_a_queue_of_0_takes_what_starts_at_once(daemon: DaemonFactory, tmp_path:
     first, second, third = (post(own, A, detached=True, entrypoint="sleep 60") for _ in range(3))
     assert (first.status, second.status, third.status) == (202, 202, 503)
     for run in (first, second):
+        own.wait_for(run.json()["id"], lambda state: state.get("phase") == "running")
+    for run in (first, second):
         own.request("POST", f"/runs/{run.json()['id']}/cancel", headers=A)
 
 
@@ -277,17 +279,19 @@ def test_rotation_under_load_drops_nothing(daemon: DaemonFactory, tmp_path: Path
 
     with ThreadPoolExecutor(4) as pool:
         going = [pool.submit(ask) for _ in range(3)]
-        held = pool.submit(waiting.__enter__)
-        for number in range(20):
-            (tmp_path / "tokens").write_text(f"all-seeing\nteam-a token-a\nteam-a fresh-{number}\n")
+        try:
+            held = pool.submit(waiting.__enter__)
+            for number in range(20):
+                (tmp_path / "tokens").write_text(f"all-seeing\nteam-a token-a\nteam-a fresh-{number}\n")
+                own.process.send_signal(signal.SIGHUP)
+                fresh = {"Authorization": f"Bearer fresh-{number}"}
+                assert eventually(functools.partial(is_let_in, own, fresh))
+            (tmp_path / "tokens").write_text("team-a secret max=many\n")
             own.process.send_signal(signal.SIGHUP)
-            fresh = {"Authorization": f"Bearer fresh-{number}"}
-            assert eventually(functools.partial(is_let_in, own, fresh))
-        (tmp_path / "tokens").write_text("team-a secret max=many\n")
-        own.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "line 1" in own.log())
-        assert own.request("GET", "/runs", headers=ALL).status == 200  # the old ones stay
-        stop.set()
+            assert eventually(lambda: "line 1" in own.log())
+            assert own.request("GET", "/runs", headers=ALL).status == 200  # the old ones stay
+        finally:
+            stop.set()
         run = ids(own, A, "&status=running")[0]
         own.request("POST", f"/runs/{run}/cancel", headers=A)
         assert held.result().status == 200
