@@ -446,11 +446,12 @@ class Settings:
             if not read:
                 raise UsageError("--token-file: holds no token")
             tokens += read
-        for first, second in itertools.combinations(tokens, 2):
-            if first.text == second.text and first != second:
+        texts, limits = dict[str, Token](), dict[str | None, Token]()
+        for token in tokens:
+            if texts.setdefault(token.text, token) != token:
                 raise UsageError("--token-file: a token stands there twice, for different names")
-            if first.owner == second.owner and first.limits != second.limits:
-                raise UsageError(f"--token-file: the lines of {first.owner} have different limits")
+            if limits.setdefault(token.owner, token).limits != token.limits:
+                raise UsageError(f"--token-file: the lines of {token.owner} have different limits")
         return tokens
 
 
@@ -1704,11 +1705,7 @@ class Store:
         with self._transaction(durable=False) as execute:
             row = execute("SELECT head FROM runs WHERE id = ?", run_id).fetchone()
             if row:
-                before = json.loads(row[0])
-                after, owed = {**before, "callback": callback}, callback["status"] == "pending"
-                head = to_json(after).decode()
-                execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", owed, due or 0, head, run_id)
-                self._file(execute, run_id, before, after)
+                self._note_callback(execute, run_id, json.loads(row[0]), callback, due or 0)
         if callback["status"] == "delivered":  # a failed one may be sent again
             self._drop_secret(f"{run_id}.callback")
 
@@ -1719,10 +1716,16 @@ class Store:
             before = json.loads(row[0]) if row else {}
             if before.get("callback", {}).get("status") != "failed":
                 return False
-            after = {**before, "callback": {"status": "pending", "attempts": 0}}
-            execute("UPDATE runs SET owed = 1, due = 0, head = ? WHERE id = ?", to_json(after).decode(), run_id)
-            self._file(execute, run_id, before, after)
+            self._note_callback(execute, run_id, before, {"status": "pending", "attempts": 0}, 0)
         return True
+
+    def _note_callback(
+        self, execute: Callable[..., sqlite3.Cursor], run_id: str, before: dict[str, Any], callback: dict[str, Any], due: float
+    ) -> None:
+        """Part of a transaction: how a run's callback is, and when it is due next."""
+        after, owed = {**before, "callback": callback}, callback["status"] == "pending"
+        execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", owed, due, to_json(after).decode(), run_id)
+        self._file(execute, run_id, before, after)
 
     def delete(self, run_id: str) -> None:
         """Forget a finished run. Raises NotFound, Conflict."""
@@ -3510,11 +3513,15 @@ class Engine:
     def _attach(self, container: str, streams: Mapping[str, int], headers: Mapping[str, str] | None = None) -> Reply:
         """A stream from or to a container. Raises ValueError for an answer that is none."""
         expected, query = (101, 200) if headers else (200,), {"stream": 1, **streams}
-        reply = self._call("POST", f"/containers/{container}/attach", *expected, query=query, headers=headers).streamed()
+        return self._stream(self._call("POST", f"/containers/{container}/attach", *expected, query=query, headers=headers))
+
+    @staticmethod
+    def _stream(reply: Reply) -> Reply:
+        """An answer that is a container's or a command's stream. Raises ValueError for one that is none."""
         if not reply.header("Content-Type").startswith("application/vnd.docker."):
             reply.close()
             raise ValueError("not a container's stream")
-        return reply
+        return reply.streamed()
 
     @asked_to("attach")
     def attach(self, container: str) -> Reply:
@@ -3607,11 +3614,7 @@ class Engine:
     @asked_to("run a command in the container")
     def start_command(self, exec_id: str) -> Reply:
         """Start it: one stream of its stdin and of its output as frames."""
-        reply = self._call("POST", f"/exec/{exec_id}/start", body={"Detach": False, "Tty": False}).streamed()
-        if not reply.header("Content-Type").startswith("application/vnd.docker."):
-            reply.close()
-            raise ValueError("not a stream")
-        return reply
+        return self._stream(self._call("POST", f"/exec/{exec_id}/start", body={"Detach": False, "Tty": False}))
 
     @asked_to("look at the command")
     def command(self, exec_id: str) -> tuple[int | None, int, str]:
