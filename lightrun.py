@@ -5482,8 +5482,8 @@ class Pull:
 class Pulls:
     """The pulls in progress; a connection whose image nobody waits for is dropped."""
 
-    def __init__(self, engine: Engine, seconds: float) -> None:
-        self._engine, self._seconds = engine, seconds
+    def __init__(self, engine: Engine, seconds: float, always: bool) -> None:
+        self._engine, self._seconds, self._always = engine, seconds, always
         self._lock = threading.Lock()  # guards _pulls and what they count
         self._pulls: dict[str, Pull] = {}
 
@@ -5507,13 +5507,21 @@ class Pulls:
             if pull is None or pull.done.is_set():
                 try:
                     pull = Pull()
-                    events = self._engine.for_one(pull.patience).pull(reference, self._seconds)
+                    events = self._events(self._engine.for_one(pull.patience), reference)
                     threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
                 except (OSError, RuntimeError) as error:
                     raise EngineAbsent(f"lightrun has no room for a pull: {error}") from error
                 self._pulls[reference] = pull
             pull.waiting += 1
             return pull
+
+    def _events(self, engine: Engine, reference: str) -> Generator[dict[str, Any], None, None]:
+        """What the engine says of a pull; nothing when the image has come since the run saw that it was missing."""
+        if not self._always:
+            with contextlib.suppress(EngineMissing):
+                engine.image(reference)
+                return
+        yield from engine.pull(reference, self._seconds)
 
     def _leave(self, reference: str, pull: Pull) -> None:
         with self._lock:
@@ -5539,7 +5547,7 @@ class Runner:
         self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
         self._limits: dict[str | None, tuple[int | None, int | None]] = {}  # of names, replaced as a whole
         self.places = Places(settings.max_concurrent, settings.queue, self._execute, self._limits_of)
-        self._pulls = Pulls(engine, settings.pull_timeout)
+        self._pulls = Pulls(engine, settings.pull_timeout, settings.pull == "always")
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
         self._deaths = Deaths(engine)

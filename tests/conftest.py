@@ -535,8 +535,19 @@ class Daemon:
         if not self.running:
             return []
         self.process.send_signal(signal.SIGCONT)
-        eventually(lambda: not self._idle_containers())
-        return [f"the container of run {run} leaked" for run in self._idle_containers()]
+        idle: list[str] = []
+
+        def clean() -> bool:
+            idle[:] = self._idle_containers()  # of one look: a run that ends after it has its time, too
+            return not idle
+
+        eventually(clean)
+        return [f"the container of run {run} leaked: {self._story(run)}" for run in idle]
+
+    def _story(self, run: str) -> str:
+        """What the engine and the daemon say of a run whose container leaked."""
+        state = [entry["Status"] for entry in self.containers() if entry["Labels"].get(LABEL_RUN) == run]
+        return "\n".join([f"{state}, {self.request('GET', f'/runs/{run}', headers=self._authorization()).body!r}", self.log()])
 
     def _idle_containers(self) -> list[str]:
         try:
