@@ -40,6 +40,70 @@ from lightrun import main
 
 sys.exit(main())
 """
+# What `import lightrun` finds first in the zip: zipimport compiles a module twice (once to learn its name), and keeps nothing.
+LOADER = b"""import importlib.util
+import linecache
+import marshal
+import os
+import sys
+
+_SOURCE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "lightrun.py")
+_NAME = "lightrun.pyz/lightrun.py"  # in tracebacks
+
+
+def _source():
+    return __loader__.get_data(_SOURCE).decode()
+
+
+def _compiled():
+    return compile(_source(), _NAME, "exec", dont_inherit=True)
+
+
+def _code():
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lightrun")
+    ending = "." + sys.implementation.cache_tag + ".pyc"
+    path = os.path.join(folder, "@DIGEST@" + ending)
+    if not os.path.isabs(folder):
+        return _compiled()
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            about = os.fstat(file.fileno())
+            magic, size, code = file.read(4), int.from_bytes(file.read(8), "big"), file.read()
+            if about.st_uid == os.geteuid() and not about.st_mode & 0o022 and magic == importlib.util.MAGIC_NUMBER:
+                if len(code) == size:
+                    return marshal.loads(code)
+    except (OSError, ValueError, EOFError, TypeError):
+        pass
+    code = _compiled()
+    if not sys.dont_write_bytecode:
+        _keep(code, folder, path, ending)
+    return code
+
+
+def _keep(code, folder, path, ending):
+    data = marshal.dumps(code)
+    temporary = path + "." + str(os.getpid())
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        about = os.lstat(folder)
+        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+            return
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(importlib.util.MAGIC_NUMBER + len(data).to_bytes(8, "big") + data)
+        os.replace(temporary, path)
+        for name in os.listdir(folder):  # of other builds
+            if name.endswith(ending) and os.path.join(folder, name) != path:
+                os.unlink(os.path.join(folder, name))
+    except OSError:
+        try:
+            os.unlink(temporary)
+        except OSError:
+            pass
+
+
+linecache.cache[_NAME] = (_source,)
+exec(_code(), globals())
+"""
 # MS-DOS time, the zip format's clock, begins here.
 EPOCH = (1980, 1, 1, 0, 0, 0)
 UNIX = 3
@@ -170,6 +234,8 @@ def build() -> Path:
     if version is None:
         raise BuildError("lightrun.py does not say its __version__")
     files["__main__.py"] = MAIN.replace(b"@VERSION@", version[1])
+    digest = hashlib.sha256(files["lightrun.py"]).hexdigest()
+    files["lightrun/__init__.py"] = LOADER.replace(b"@DIGEST@", digest.encode())
     for wheel in fetch_wheels(locked_wheels((ROOT / "pyproject.toml").read_text("utf-8"))):
         for name, content in wheel_files(wheel):
             if files.setdefault(name, content) != content:

@@ -137,6 +137,9 @@ ENGINE_SECONDS = 60  # one engine call, or a silence in one that streams; an eng
 HEALTH_SECONDS = 2  # the same for /health, and for a connection
 HURRY_SECONDS = 1.5  # the same once the run is to be gone; longer after each time that it was not enough
 MAX_ANSWER_BYTES = 64 * MIB  # of an engine's answer that is read as a whole: 10,000 containers are 20 MB
+CONNECT_SECONDS = 10  # to a daemon
+SILENCE_SECONDS = 3 * PING_SECONDS  # of a daemon that has something to tell
+PATIENCE_SECONDS = 75  # of a client with a daemon that was there once
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 MAX_TRIES = 10  # of a step that breaks while the engine answers; the pauses between them are 16 s in all
 SLOW_SECONDS = 8  # a try that took longer counts for three
@@ -453,6 +456,9 @@ class Settings:
             if limits.setdefault(token.owner, token).limits != token.limits:
                 raise UsageError(f"--token-file: the lines of {token.owner} have different limits")
         return tokens
+
+
+DEFAULT_URL = f"http://{Settings.host}:{Settings.port}"  # of a daemon without options
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1760,18 +1766,23 @@ class Store:
 
     def heads(
         self, status: str | None, before: str | None, limit: int, owner: str | None = None,
-        label: tuple[str, str] | None = None, callback: str | None = None,
+        label: tuple[str, str] | None = None, callback: str | None = None, start: str | None = None,
     ) -> list[str]:  # fmt: skip
-        """The JSON of up to `limit` heads, newest first. Raises NotFound for a `before` that is unknown, or another owner's."""
+        """The JSON of up to `limit` heads, newest first, of runs whose id begins with `start`. Raises NotFound for a `before`
+        that is unknown, or another owner's."""
         if before and owner is not None and self.owner(before) != owner:
             raise NotFound("there is no such run")
         top = self._one("SELECT seq FROM runs WHERE id = ?", before)[0] if before else sys.maxsize
-        source, where, values = "runs", "", []
+        source, where, order, values = "runs", "seq < ?", "seq", [top]
+        if start:  # they are few: found by their ids, and sorted
+            where, order, values = "+seq < ? AND id >= ? AND id < ?", "+seq", [top, start, start + "~"]
         if owner is not None or label or callback:
-            source, where, values = "facets JOIN runs USING (seq)", "AND facet = ?", [facet(owner, status, label, callback)]
+            source = "runs CROSS JOIN facets USING (seq)" if start else "facets JOIN runs USING (seq)"
+            where += " AND facet = ?"
+            values.append(facet(owner, status, label, callback))
         elif status:
-            where, values = "AND status = ?", [status]
-        rows = self._all(f"SELECT head FROM {source} WHERE seq < ? {where} ORDER BY seq DESC LIMIT ?", top, *values, limit)
+            where, values = where + " AND status = ?", [*values, status]
+        rows = self._all(f"SELECT head FROM {source} WHERE {where} ORDER BY {order} DESC LIMIT ?", *values, limit)
         return [head for (head,) in rows]
 
     def callbacks_owed(self) -> int:
@@ -1900,6 +1911,27 @@ def log_lines(data: bytes) -> list[str]:
     lines = [line for _, lines in assembler.feed(data) for line in lines]
     lines += [bytes(rest) for rest in assembler.rest.values() if rest]
     return [line.decode(errors="replace") for line in lines]
+
+
+class PieceEvents:
+    """Turns frames into log events with the bytes themselves, and where in their stream they begin, if that is known."""
+
+    def __init__(self, at: Mapping[int, int]) -> None:
+        self._at = dict(at)
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The events of some whole frames."""
+        for stream, payload in frames(data):
+            for start in range(0, len(payload), READ_BYTES):
+                piece = payload[start : start + READ_BYTES]
+                known = {"at": self._at[stream]} if stream in self._at else {}
+                yield {"event": "log", "stream": STREAMS[stream], **known, "base64": base64.b64encode(piece).decode()}
+                if known:
+                    self._at[stream] += len(piece)
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        """No more: nothing is held back."""
+        return iter(())
 
 
 class LineEvents:
@@ -2040,6 +2072,7 @@ class Log:
         self._copying = self._lost = False  # whether what comes is the copy, and the program ran on without its stream
         self._agrees, self._rotated, self._doubt = True, False, False  # of the copy: never differed; may lack its beginning
         self._news = False  # it told something that was not taken before
+        self.counted = True  # whether what was taken is all since the first byte
         self._spool = Spool(folder)
         self._followers: dict[object, int] = {}  # how far each has read
         self._ended = False
@@ -2094,7 +2127,7 @@ class Log:
         tells more, there may be a hole: the copy is the log from here on."""
         if self._doubt and (self._lost or self._news):
             self._gap()
-            self._doubt, self._news = False, True
+            self._doubt, self._news, self.counted = False, True, False
             if any(self._known.values()):
                 self._kept = Kept(self._limit)
                 for stream in STREAMS:
@@ -2179,7 +2212,7 @@ class Log:
                 self._gap()
             else:
                 self.truncated = copy.truncated or copy.cut or copy._rotated or not self._agrees
-                self._kept, self._taken = copy._kept, copy._taken
+                self._kept, self._taken, self.counted = copy._kept, copy._taken, self.counted and not copy._rotated
 
     def release(self) -> None:
         """Give the disk back what followers have yet to read: they are cut off, but for those that have read all."""
@@ -2204,7 +2237,7 @@ class Log:
 
     def follow(self, taken: dict[int, int] | None = None) -> Generator[bytes, None, None]:
         """What is kept, then all that comes, as whole frames; b"" now and then, and when nudged. With what is kept, how many
-        bytes of each stream there were up to there. Raises LogGap."""
+        bytes of each stream there were up to there, as far as that is known. Raises LogGap."""
         follower, reader = object(), FrameReader()
         try:
             yield self._join(follower, {} if taken is None else taken)
@@ -2219,7 +2252,8 @@ class Log:
 
     def _join(self, follower: object, taken: dict[int, int]) -> bytes:
         with self._changed:
-            taken |= self._taken
+            taken.clear()
+            taken |= self._taken if self.counted else {}
             self._followers[follower] = self._spool.end
             return self.frames()
 
@@ -2723,16 +2757,16 @@ def open_artifact(root: Path, path: str) -> IO[bytes] | None:
     raise NotFound("there is no such artifact")
 
 
-def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]]) -> Generator[bytes, None, None]:
-    """All artifacts of a run as one tar, in pieces. Raises NotFound when one has gone."""
+def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]], folder: str = "") -> Generator[bytes, None, None]:
+    """Artifacts of a run as one tar, in pieces, with names relative to a folder of them. Raises NotFound when one has gone."""
     for entry in artifacts:
-        file = open_artifact(root, entry["path"])
+        file, name = open_artifact(root, entry["path"]), entry["path"][len(folder) :].lstrip("/")
         if file is None:
-            yield _tar_header(entry["path"] + "/")
+            yield _tar_header(name + "/")
             continue
         with file:
             mode, modified = int(entry.get("mode", "644"), 8), os.fstat(file.fileno()).st_mtime
-            yield _tar_header(entry["path"], entry["bytes"], mode, modified, tarfile.REGTYPE)
+            yield _tar_header(name, entry["bytes"], mode, modified, tarfile.REGTYPE)
             while piece := file.read(COPY_BYTES):
                 yield piece
             yield _tar_padding(entry["bytes"])
@@ -6417,7 +6451,7 @@ class Runner:
         taken = job.log.taken()
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated,
-            log_bytes=[taken[1], taken[2], int(not job.taken_up)], **ending,
+            log_bytes=[taken[1], taken[2], int(not job.taken_up)] if job.log.counted else [], **ending,
         )  # fmt: skip
         state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}
         state.pop("owner", None)
@@ -7097,31 +7131,37 @@ def while_there(call: Call, pieces: Generator[bytes, None, None], place: context
             raise waitress.channel.ClientDisconnected from error
 
 
-def _followed(output: Log) -> Iterator[bytes | None]:
-    """What is kept of a log and all that comes; None where something is missing."""
-    followed = output.follow()
+def _followed(output: Log, at: dict[int, int] | None = None) -> Iterator[bytes | None]:
+    """What is kept of a log and all that comes; None where something is missing. `at`: see Log.follow."""
+    followed = output.follow(at)
     while True:
         try:
             yield from followed
             return
         except LogGap:
             yield None
-            followed = output.follow()
+            followed = output.follow(at)
             next(followed)  # what is kept was told, but for the gap
 
 
-def _log_events(followed: Iterable[bytes | None]) -> Iterator[dict[str, Any]]:
-    """The events of what is followed of a log, with an empty one after each piece."""
-    lines, gap = LineEvents(), False
+def _log_events(followed: Iterable[bytes | None], at: Mapping[int, int] | None) -> Iterator[dict[str, Any]]:
+    """The events of what is followed of a log, with an empty one after each piece: lines, or with `at` (how many bytes of each
+    stream came up to the end of the first piece, and after a gap before the next) the bytes themselves."""
+    shown: LineEvents | PieceEvents | None = None
+    gap, before = False, True
     for kept in followed:
         if kept is None and not gap:
-            yield from lines.end()
+            yield from shown.end() if shown else ()
             yield {"event": "gap"}
-            lines = LineEvents()
+            shown, before = None, False
         gap = kept is None or (gap and not kept)
-        yield from lines.feed(kept or b"")
+        if shown is None and kept is not None:
+            sizes = {number: len(raw_log(kept, name)) if before else 0 for number, name in STREAMS.items()}
+            starts = None if at is None else {number: count - sizes[number] for number, count in at.items()}
+            shown = LineEvents() if starts is None else PieceEvents(starts)
+        yield from shown.feed(kept or b"") if shown else ()
         yield {}
-    yield from lines.end()
+    yield from shown.end() if shown else ()
 
 
 def _live(events: Iterator[dict[str, Any]]) -> Generator[bytes, None, None]:
@@ -7153,7 +7193,10 @@ def remote(environ: Mapping[str, Any], trusted: Sequence[str]) -> str:
 
 
 def _since(kept: bytes, start: int, stream: str | None, taken: Mapping[int, int], in_order: bool) -> bytes:
-    """What is kept of a log from a byte of it on; `taken` tells how much there was of each stream. Raises NoLongerKept."""
+    """What is kept of a log from a byte of it on; `taken` tells how much there was of each stream, if that is known. Raises
+    NoLongerKept."""
+    if not taken:
+        raise NoLongerKept("how much there was before what is kept is not known")
     total = sum(count for number, count in taken.items() if stream in {None, STREAMS[number]})
     first = total - len(kept)
     if stream is None and (first or not in_order):
@@ -7265,7 +7308,9 @@ LIST_QUERY: dict[str, dict[str, Any]] = {
         "type": "string", "maxLength": 320, "pattern": _LABEL[:-1] + "=", "says": "must be the name of a label, = and its value",
     },
     "callback": {"type": "string", "enum": ["failed"]},
+    "id": {"type": "string", "pattern": "^[a-z0-9_-]{1,100}$", "says": "must be the beginning of an id"},
 }
+EVENTS_QUERY: dict[str, dict[str, Any]] = {"encoding": {"type": "string", "enum": ["base64"]}}
 WAIT_QUERY = {"wait": {"type": "integer", "minimum": 0, "maximum": 60_000}}
 
 
@@ -7288,13 +7333,16 @@ ROUTES = (
     Route("GET", "/health", "health", "Whether lightrun and its engine are well", {200: {JSON: "Health"}, 503: {JSON: "Health"}}),
     Route(
         "POST", "/run", "run", "Run a container",
-        {200: {JSON: "Run", EVENTS: "Event"}, 202: {JSON: "Accepted"}, 409: {}}, body="RunRequest",
+        {200: {JSON: "Run", EVENTS: "Event"}, 202: {JSON: "Accepted"}, 409: {}}, EVENTS_QUERY, body="RunRequest",
     ),
     Route("GET", "/runs", "runs", "List runs, newest first", {200: {JSON: "Runs"}}, LIST_QUERY),
     Route("GET", RUNS, "state", "The state of a run", {200: {JSON: "Run"}}, WAIT_QUERY),
     Route("DELETE", RUNS, "delete", "Delete a finished run and its artifacts", {204: {}, 409: {}}),
     Route("GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}, 410: {}}, LOG_QUERY),
-    Route("GET", f"{RUNS}/events", "events", "A run as it happens, or happened", {200: {EVENTS: "Event"}}),
+    Route(
+        "GET", f"{RUNS}/events", "events", "A run as it happens, or happened", {200: {EVENTS: "Event"}},
+        {**EVENTS_QUERY, "follow": {"type": "boolean", "default": True}},
+    ),
     Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
     Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
     Route("GET", ARTIFACTS, "artifacts", "List artifacts, or get them as one tar", {200: {JSON: "Artifacts", TAR: "Bytes"}}),
@@ -7302,11 +7350,11 @@ ROUTES = (
     Route("GET", "/metrics", "metrics", "Figures for Prometheus", {200: {TEXT: "Text"}, 403: {}}),
     Route(
         "POST", f"{RUNS}/exec", "exec", "Run a second command in a run that goes on",
-        {200: {JSON: "Exec", EVENTS: "Event", BYTES: "Bytes"}, 409: {}}, body="ExecRequest",
+        {200: {JSON: "Exec", EVENTS: "Event", BYTES: "Bytes"}, 409: {}}, EVENTS_QUERY, body="ExecRequest",
     ),
     Route(
-        "GET", f"{ARTIFACTS}/<path:path>", "artifact", "Download a file, or list a folder",
-        {200: {BYTES: "Bytes", JSON: "Artifacts"}, 206: {BYTES: "Bytes"}, 304: {}, 412: {}, 416: {}},
+        "GET", f"{ARTIFACTS}/<path:path>", "artifact", "Download a file, list a folder, or get either as a tar",
+        {200: {BYTES: "Bytes", JSON: "Artifacts", TAR: "Bytes"}, 206: {BYTES: "Bytes"}, 304: {}, 412: {}, 416: {}},
     ),
     Route("GET", "/openapi.json", "openapi", "This description", {200: {JSON: "Any"}}),
 )  # fmt: skip
@@ -7672,7 +7720,7 @@ class Api:
                 return json_answer({"id": run_id, "status": status, "url": f"/runs/{run_id}"}, 202, Location=f"/runs/{run_id}")
             place.enter_context(self._runner.attended(job))
             if EVENTS in call.header("Accept"):
-                return self._streamed(call, _live(self._events(call, run_id, job)), EVENTS, place.pop_all())
+                return self._streamed(call, _live(self._events(call, run_id, job, True)), EVENTS, place.pop_all())
             self._wait(call, job.done if job else None, math.inf)
             if job and not job.done.is_set():  # its client has gone, or lightrun goes
                 raise Gone
@@ -7715,14 +7763,17 @@ class Api:
                 return False
         return True
 
-    def _events(self, call: Call, run_id: str, job: Job | None) -> Iterator[dict[str, Any]]:
-        """The events of a run, with an empty one now and then."""
+    def _events(self, call: Call, run_id: str, job: Job | None, follow: bool) -> Iterator[dict[str, Any]]:
+        """The events of a run, with an empty one now and then; those so far without `follow`."""
+        at: dict[int, int] = {} if job else self._log_bytes(run_id)[0]
+        followed = _followed(job.log, at) if job else iter([self._kept(run_id)])
         yield {"event": "accepted", "id": run_id}
         head = {} if job else json.loads(self._store.head(run_id))
         progress, started = None, False
         if job.log.truncated if job else head["logsTruncated"]:
             yield {"event": "gap"}  # not from the beginning
-        for event in _log_events(_followed(job.log) if job else [self._kept(run_id)]):
+        followed, as_bytes = followed if follow else itertools.islice(followed, 1), "encoding" in call.query
+        for event in _log_events(followed, at if as_bytes else None):
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
@@ -7730,7 +7781,8 @@ class Api:
                 started = True
                 yield {"event": "started"}
             yield event
-        yield {"event": "finished", "run": self._state(call, run_id, job)}
+        if follow or job is None:
+            yield {"event": "finished", "run": self._state(call, run_id, job)}
 
     def exec(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/exec"""
@@ -7743,8 +7795,9 @@ class Api:
             place.enter_context(self._waiting_place())
             command = self._execs.admit(job, request)
             followed: Iterator[bytes | None] = iter(())
+            at: dict[int, int] = {}
             if EVENTS in accept or BYTES in accept:  # from before the start, so that nothing is missing
-                followed = _followed(command.log)
+                followed = _followed(command.log, at)
                 next(followed)
             place.callback(command.ask, "cancelled", "its client left")
             self._execs.start(command)
@@ -7753,7 +7806,8 @@ class Api:
             if command.refusal:
                 raise command.refusal
             if EVENTS in accept:
-                return self._streamed(call, _live(self._exec_events(command, followed)), EVENTS, place.pop_all())
+                events = self._exec_events(command, followed, at if call.query.get("encoding") else None)
+                return self._streamed(call, _live(events), EVENTS, place.pop_all())
             if BYTES in accept:
                 return self._raw(call, command, followed, place)
             if not self._wait(call, command.done, math.inf):
@@ -7761,10 +7815,12 @@ class Api:
             return json_answer(command.state())
 
     @staticmethod
-    def _exec_events(command: Exec, followed: Iterator[bytes | None]) -> Iterator[dict[str, Any]]:
+    def _exec_events(
+        command: Exec, followed: Iterator[bytes | None], at: Mapping[int, int] | None
+    ) -> Iterator[dict[str, Any]]:
         if command.began < math.inf:
             yield {"event": "started"}
-        yield from _log_events(followed)
+        yield from _log_events(followed, at)
         yield {"event": "finished", "exec": command.state()}
 
     def _raw(self, call: Call, command: Exec, followed: Iterator[bytes | None], place: contextlib.ExitStack) -> Answer:
@@ -7800,9 +7856,9 @@ class Api:
     def runs(self, call: Call) -> Answer:
         """GET /runs"""
         limit, label = call.query.get("limit", 100), call.query.get("label", "").partition("=")
-        status, before, callback = (call.query.get(name) for name in ("status", "before", "callback"))
+        status, before, callback, start = (call.query.get(name) for name in ("status", "before", "callback", "id"))
         try:
-            heads = self._store.heads(status, before, limit + 1, call.owner, label[::2] if label[1] else None, callback)
+            heads = self._store.heads(status, before, limit + 1, call.owner, label[::2] if label[1] else None, callback, start)
         except NotFound as error:
             raise BadRequest(details=[{"path": ["query", "before"], "message": "is not the id of a run"}]) from error
         states = [json.loads(head) for head in heads[:limit]]
@@ -7856,19 +7912,21 @@ class Api:
         return self._streamed(call, pieces(followed), BYTES)
 
     def _log_bytes(self, run_id: str) -> tuple[dict[int, int], bool]:
-        """How many bytes each stream of a finished run had, and whether what is kept has them in the order they were read in."""
+        """How many bytes each stream of a finished run had, if that is known, and whether what is kept has them in the order
+        they were read in."""
         if found := self._store.tail(run_id).get("logBytes"):
             return {1: found[0], 2: found[1]}, bool(found[2])
-        kept = self._store.frames(run_id)  # an earlier build's: as many as are kept, if none was dropped
-        whole = not json.loads(self._store.head(run_id))["logsTruncated"]
-        return {number: len(raw_log(kept, name)) if whole else sys.maxsize for number, name in STREAMS.items()}, False
+        if json.loads(self._store.head(run_id))["logsTruncated"]:
+            return {}, False
+        kept = self._store.frames(run_id)  # an earlier build's
+        return {number: len(raw_log(kept, name)) for number, name in STREAMS.items()}, False
 
     def events(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/events"""
         job = self._runner.job(run_id)
         if job is None:
             self._store.head(run_id)
-        return self._streamed(call, _live(self._events(call, run_id, job)), EVENTS)
+        return self._streamed(call, _live(self._events(call, run_id, job, call.query.get("follow", True))), EVENTS)
 
     def delete(self, call: Call, run_id: str) -> Answer:
         """DELETE /runs/<id>"""
@@ -7891,9 +7949,7 @@ class Api:
         kept = self._artifacts(run_id)
         if TAR not in call.header("Accept"):
             return json_answer(kept)
-        answer = self._streamed(call, artifacts_tar(self._root / run_id, kept), TAR)
-        answer.headers["Content-Disposition"] = content_disposition(f"{run_id}.tar")
-        return answer
+        return self._tar(call, run_id, kept, "", run_id)
 
     def artifact(self, call: Call, run_id: str, path: str) -> Answer:
         """GET /runs/<id>/artifacts/<path>"""
@@ -7902,9 +7958,17 @@ class Api:
         kept, path = self._artifacts(run_id), path.removesuffix("/")
         if all(entry["path"] != path for entry in kept):
             raise NotFound("there is no such artifact")
+        if TAR in call.header("Accept"):
+            below = [entry for entry in kept if f"{entry['path']}/".startswith(f"{path}/")]
+            return self._tar(call, run_id, below, posixpath.dirname(path), posixpath.basename(path))
         if file := open_artifact(self._root / run_id, path):
             return file_answer(call, file, posixpath.basename(path))
         return json_answer([entry for entry in kept if posixpath.dirname(entry["path"]) == path])
+
+    def _tar(self, call: Call, run_id: str, kept: Iterable[dict[str, Any]], folder: str, name: str) -> Answer:
+        answer = self._streamed(call, artifacts_tar(self._root / run_id, kept, folder), TAR)
+        answer.headers["Content-Disposition"] = content_disposition(f"{name}.tar")
+        return answer
 
     def _artifacts(self, run_id: str) -> list[dict[str, Any]]:
         return [] if self._runner.job(run_id) else list(self._store.tail(run_id).get("artifacts", []))
@@ -8539,16 +8603,587 @@ def _set_up_logging(log_format: str) -> LogWriter:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Command line
+# Client: the other end of the HTTP API, as a library; the standard library alone
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as SPEC 4 has it."""
-        self.exit(2, f"lightrun: {message}\n")
+class ApiError(LightrunError):
+    """What a daemon refused: `status` is the HTTP status, `code` the error of its answer, `details` what is wrong with fields."""
+
+    def __init__(self, status: int, body: Mapping[str, Any], retry_after: float = 0) -> None:
+        self.details: list[dict[str, Any]] = body.get("details") or []
+        what = [f"{'.'.join(map(str, each['path']))}: {each['message']}".lstrip(": ") for each in self.details]
+        code = str(body.get("error") or http.client.responses.get(status, status))
+        super().__init__("; ".join(what) or str(body.get("message") or code), code)
+        self.status, self.retry_after = status, retry_after
 
 
+class Unreachable(LightrunError):
+    """No daemon answers at the URL, or none any more."""
+
+
+class ConnectionLost(Unreachable):
+    """A connection broke that may be had again."""
+
+
+class NotWritten(LightrunError):
+    """Artifacts that were not written: something is in the way, or they are not what a run may hand out."""
+
+
+class _Patience:
+    """How long a client bears with a daemon that was there: PATIENCE_SECONDS since it was last heard of."""
+
+    def __init__(self) -> None:
+        self._deadline = self._pause = 0.0
+
+    def reset(self) -> None:
+        """It was heard of."""
+        self._deadline = self._pause = 0.0
+
+    def bear(self, error: LightrunError) -> None:
+        """Wait before another try. Raises the error when that would be of no use."""
+        if not isinstance(error, ConnectionLost) and error.status not in {502, 503, 504}:
+            raise error
+        self._deadline = self._deadline or time.monotonic() + PATIENCE_SECONDS
+        self._pause = max(min(2 * self._pause + 0.05, RETRY_SECONDS), getattr(error, "retry_after", 0))
+        if time.monotonic() + self._pause > self._deadline:
+            raise error
+        time.sleep(self._pause * random.uniform(0.5, 1))
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__("localhost", **options)
+        self._path = path
+
+    def connect(self) -> None:
+        """To the socket, in place of a host and a port."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connector(url: str) -> tuple[Callable[[], http.client.HTTPConnection], str]:
+    """What makes a connection to a daemon, and what its paths begin with. Raises UsageError."""
+    wrong = UsageError("the URL must be http://HOST[:PORT], https://HOST[:PORT] or unix:///PATH")
+    options: dict[str, Any] = {"timeout": CONNECT_SECONDS, "blocksize": COPY_BYTES}
+    scheme, _, rest = url.partition("://")
+    if scheme == "unix":
+        if not rest.startswith("/") or len(os.fsencode(rest)) > MAX_SOCKET_PATH_BYTES:
+            raise wrong
+        return functools.partial(_UnixConnection, rest, **options), ""
+    if scheme not in {"http", "https"} or not _good_url(url) or not url.isprintable() or re.search(r"[\s?#]", url):
+        raise wrong
+    parts = urllib.parse.urlsplit(url)
+    kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
+    return functools.partial(kind, str(parts.hostname), parts.port, **options), parts.path.rstrip("/")
+
+
+def _heard(read: Callable[[], bytes]) -> bytes:
+    """Some of an answer. Raises ConnectionLost."""
+    try:
+        return read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionLost(f"the connection to the daemon broke: {error or type(error).__name__}") from error
+
+
+class Client:
+    """A client of one daemon, for any number of threads.
+
+    `url` is `http://…`, `https://…` or `unix:///…`, by default LIGHT_RUN_URL or the address that `serve` listens on without
+    options; `token` by default that of LIGHT_RUN_TOKEN or the first of the file LIGHT_RUN_TOKEN_FILE. Fields of a request have
+    the names and units of `POST /run`.
+
+    A daemon that was there once and goes away, or says 503, is asked again for a minute; what it was asked is done once all the
+    same. Every method raises ApiError for what it refuses, Unreachable when it is not there, and UsageError for a bad URL."""
+
+    def __init__(self, url: str | None = None, token: str | None = None) -> None:
+        self.url = url or os.environ.get(variable_of("url")) or DEFAULT_URL
+        self._connect, self._prefix = _connector(self.url)
+        token = token or default_token(os.environ)
+        if token and not (token.isascii() and token.isprintable()):
+            raise UsageError("the token must be printable ASCII")
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._met = False  # whether the daemon was there
+
+    # -- one request
+
+    @contextlib.contextmanager
+    def _ask(
+        self, method: str, path: str, body: bytes | IO[bytes] | None = None, headers: Mapping[str, str] | None = None,
+    ) -> Iterator[http.client.HTTPResponse]:  # fmt: skip
+        """One request, once. Raises ApiError, Unreachable, ConnectionLost."""
+        with contextlib.closing(self._connect()) as connection:
+            try:
+                connection.connect()
+            except OSError as error:
+                kind = ConnectionLost if self._met else Unreachable
+                raise kind(f"no daemon answers at {self.url}: {error.strerror or error}") from error
+            self._met = True
+            connection.sock.settimeout(SILENCE_SECONDS)
+            length = {} if body is None or isinstance(body, bytes) else {"Content-Length": str(body.seek(0, os.SEEK_END))}
+            if length:
+                body.seek(0)  # type: ignore[union-attr]
+            try:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have answered before it had read all
+                    connection.request(method, self._prefix + path, body, {**self._headers, **length, **(headers or {})})
+                answer = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                raise ConnectionLost(f"the connection to the daemon broke: {error or type(error).__name__}") from error
+            with answer:
+                if answer.status >= 300:
+                    raise self._refusal(answer)
+                yield answer
+
+    @staticmethod
+    def _refusal(answer: http.client.HTTPResponse) -> ApiError:
+        text = _heard(lambda: answer.read(MIB))
+        try:
+            body = json.loads(text)
+        except ValueError:  # a proxy's
+            body = None
+        after = re.fullmatch("[0-9]{1,4}", answer.headers.get("Retry-After", ""))
+        return ApiError(answer.status, body if isinstance(body, dict) else {}, float(after[0]) if after else 0)
+
+    def _persist(self, step: Callable[[], Result]) -> Result:
+        """A step that may be done twice, again and again while the daemon is away."""
+        patience = _Patience()
+        while True:
+            try:
+                return step()
+            except (ConnectionLost, ApiError) as error:
+                patience.bear(error)
+
+    def _json(self, method: str, path: str, body: bytes | IO[bytes] | None = None, **headers: str) -> Any:
+        """The JSON of an answer, None for an empty one."""
+
+        def step() -> Any:
+            with self._ask(method, path, body, {name.replace("_", "-"): text for name, text in headers.items()}) as answer:
+                text = _heard(answer.read)
+            try:
+                return json.loads(text) if text else None
+            except ValueError as error:
+                raise Unreachable(f"what answers at {self.url} is not lightrun") from error
+
+        return self._persist(step)
+
+    def _events(self, method: str, path: str, body: bytes | None = None) -> Iterator[dict[str, Any]]:
+        """The events of an answer as they come, once. Raises ConnectionLost when they end before the last."""
+        headers = {"Accept": EVENTS, **({"Content-Type": JSON} if body else {})}
+        with self._ask(method, path, body, headers) as answer:
+            while line := _heard(answer.readline):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise ConnectionLost("the connection to the daemon broke within an event") from error
+
+    # -- runs
+
+    def start(
+        self, image: str, *, folder: str | os.PathLike[str] | None = None,
+        files: Mapping[str, str | bytes | os.PathLike[str] | dict[str, str]] | None = None,
+        stdin: str | bytes | dict[str, str] | None = None, key: str | None = None, **fields: Any,
+    ) -> RemoteRun:  # fmt: skip
+        """Start a run that does not need its client.
+
+        `folder` is put into the workdir, without what its .dockerignore names, and without .git; `files` maps paths in the
+        workdir to text, bytes, local files or what the API takes; `stdin` is text, bytes or what the API takes. `key` is the
+        Idempotency-Key, by default a new one. Raises ApiError, Unreachable, OSError for what cannot be read."""
+        local = {path: content for path, content in (files or {}).items() if isinstance(content, os.PathLike)}
+        plain = {path: _transferable(content) for path, content in (files or {}).items() if path not in local}
+        request = {"image": image, **fields, **({"files": plain} if plain else {}), "detached": True}
+        if stdin is not None:
+            request["stdin"] = _transferable(stdin)
+        content, headers = to_json(request), {"Content_Type": JSON, "Idempotency_Key": key or str(uuid.uuid4())}
+        with contextlib.ExitStack() as opened:
+            body: bytes | IO[bytes] = content
+            if folder is not None or local:
+                body, boundary = opened.enter_context(tempfile.TemporaryFile()), uuid.uuid4().hex
+                _write_form(body, boundary, content, None if folder is None else Path(folder), local)
+                headers["Content_Type"] = f"{FORM}; boundary={boundary}"
+            return RemoteRun(self, self._json("POST", "/run", body, **headers)["id"])
+
+    def run(self, image: str, *, on_output: Callable[[str, bytes], None] | None = None, **options: Any) -> Outcome:
+        """Run a container to its end. `options` are those of `start`. `on_output` gets the pieces of stdout and stderr as they
+        come; without it they are collected. Raises what `start` does."""
+        return self.start(image, **options).wait(on_output)
+
+    def exec(
+        self, run_id: str, entrypoint: str | Sequence[str], *, stdin: str | bytes | dict[str, str] | None = None,
+        on_output: Callable[[str, bytes], None] | None = None, **fields: Any,
+    ) -> Outcome:  # fmt: skip
+        """Run a second command in a run that goes on. It ends when its client does: Raises ConnectionLost when that is so."""
+        request = {"entrypoint": entrypoint, **fields, **({} if stdin is None else {"stdin": _transferable(stdin)})}
+        output, state = _Output(on_output), None
+
+        for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", to_json(request)):
+            output.take(event)
+            state = event.get("exec", state)
+        if state is None:
+            raise ConnectionLost("the connection broke, and with it went the command")
+        return output.outcome(state)
+
+    def get(self, run_id: str) -> RemoteRun:
+        """A run by its id, or by a beginning that is its own."""
+        if not re.fullmatch(r"([a-z0-9][a-z0-9-]*_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", run_id):
+            found = [state["id"] for state in self.runs(id=run_id, limit=2)] if re.fullmatch("[a-z0-9_-]{1,100}", run_id) else []
+            if len(found) != 1:
+                many = "more than one run begins with" if found else "there is no run"
+                raise ApiError(404, {"error": "not_found", "message": f"{many} {printable(run_id)}"})
+            run_id = found[0]
+        return RemoteRun(self, run_id)
+
+    def runs(self, limit: int = 100, **query: Any) -> Iterator[dict[str, Any]]:
+        """The states of up to so many runs, newest first; `query` as for `GET /runs`."""
+        while limit > 0:
+            page = self._json("GET", "/runs?" + urllib.parse.urlencode({**query, "limit": min(limit, 1000)}))
+            yield from page
+            if len(page) < min(limit, 1000):
+                return
+            query["before"], limit = page[-1]["id"], limit - len(page)
+
+
+class RemoteRun:
+    """A run as its client sees it. `taken` is how many bytes of each stream were told; `complete` whether these are all."""
+
+    def __init__(self, client: Client, run_id: str) -> None:
+        self._client, self.id = client, run_id
+        self._path = f"/runs/{run_id}"
+        self.taken = dict.fromkeys(STREAMS.values(), 0)
+        self.complete = True
+        self._final: dict[str, Any] | None = None
+
+    def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
+        """The run's events, from where the last call left off; `log` has `stream` and `data`, its bytes. A connection that breaks
+        is had again: no byte is missing and none comes twice, or `complete` is false."""
+        query = f"{self._path}/events?encoding=base64" + ("" if follow else "&follow=false")
+        patience = _Patience()
+        while True:
+            try:
+                for event in self._client._events("GET", query):
+                    patience.reset()
+                    if event["event"] == "finished":
+                        self._final = event["run"]
+                    if event["event"] != "log" or self._is_new(event):
+                        yield event
+                if self._final or not follow:
+                    return
+                raise ConnectionLost("the connection to the daemon broke")
+            except (ConnectionLost, ApiError) as error:
+                patience.bear(error)
+
+    def _is_new(self, event: dict[str, Any]) -> bool:
+        """Cut a piece of output to what was not told before; whether that is anything."""
+        stream, data = event["stream"], base64.b64decode(event["base64"])
+        taken = self.taken[stream]
+        at = event.get("at")
+        self.complete = self.complete and at is not None and at <= taken
+        event["data"] = data = data if at is None else data[max(0, taken - at) :]
+        self.taken[stream] = taken + len(data) if at is None else max(taken, at + len(event["data"]), at)
+        return bool(data)
+
+    def wait(self, on_output: Callable[[str, bytes], None] | None = None) -> Outcome:
+        """Follow it to its end."""
+        output = _Output(on_output)
+        for event in self.events():
+            output.take(event)
+        assert self._final
+        return output.outcome(self._final, self)
+
+    def state(self, wait: int = 0) -> dict[str, Any]:
+        """Its state, as `GET /runs/<id>`; after at most `wait` ms, or when it has ended."""
+        state: dict[str, Any] = self._client._json("GET", f"{self._path}?wait={wait}")
+        return state
+
+    def ended(self) -> dict[str, Any]:
+        """Its state when it has ended."""
+        while (state := self.state(wait=SILENCE_SECONDS * 1000 // 2))["status"] == "running":
+            pass
+        return state
+
+    def cancel(self) -> None:
+        """Kill it."""
+        self._client._json("POST", f"{self._path}/cancel")
+
+    def stop(self, **fields: Any) -> None:
+        """Signal it, and kill it when it does not end: `signal`, `grace` (ms)."""
+        self._client._json("POST", f"{self._path}/stop", to_json(fields), Content_Type=JSON)
+
+    def delete(self) -> None:
+        """Have it and its artifacts forgotten."""
+        self._client._json("DELETE", self._path)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file that it kept."""
+        with self._tar(path) as file, tarfile.open(fileobj=file) as tar:
+            member = tar.next()
+            content = tar.extractfile(member) if member else None
+            if content is None:
+                raise ApiError(404, {"error": "not_found", "message": f"{printable(path)} is a folder"})
+            return content.read()
+
+    def save(self, folder: str | os.PathLike[str], path: str = "", overwrite: bool = False) -> list[str]:
+        """Write what it kept, or what of that has this path, below a folder; returns the names. Nothing is written when something
+        is there already (but for `overwrite`), and never through a link. Raises NotWritten, OSError."""
+        with self._tar(path) as file:
+            return unpack(file, Path(folder), overwrite)
+
+    @contextlib.contextmanager
+    def _tar(self, path: str) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as file:
+
+            def step() -> None:
+                file.seek(0)
+                file.truncate()
+                where = f"{self._path}/artifacts" + (f"/{urllib.parse.quote(path)}" if path else "")
+                with self._client._ask("GET", where, headers={"Accept": TAR}) as answer:
+                    while piece := _heard(lambda: answer.read(COPY_BYTES)):
+                        file.write(piece)
+
+            self._client._persist(step)
+            file.seek(0)
+            yield file
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run or a command in one ended. `stdout` and `stderr` are empty when a callback got them; `complete` tells whether
+    these are all bytes that it wrote. `state` is all that the daemon says."""
+
+    state: dict[str, Any]
+    stdout: bytes
+    stderr: bytes
+    complete: bool
+    run: RemoteRun | None = None  # to read or save artifacts
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the program; None when it did not run to an end."""
+        return self.state.get("exitCode")
+
+    @property
+    def reason(self) -> str:
+        """Why it ended: `exited`, `timeout` and so on."""
+        return str(self.state["reason"])
+
+    @property
+    def artifacts(self) -> list[dict[str, Any]]:
+        """What the run kept: path, bytes and type of each."""
+        return list(self.state.get("artifacts", []))
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """What the run used, as far as that can be had."""
+        return dict(self.state.get("usage", {}))
+
+
+class _Output:
+    """Collects what log events bring, or hands it on."""
+
+    def __init__(self, tell: Callable[[str, bytes], None] | None) -> None:
+        self._kept = {stream: bytearray() for stream in STREAMS.values()}
+        self._tell = tell or (lambda stream, data: self._kept[stream].extend(data))
+
+    def take(self, event: dict[str, Any]) -> None:
+        """One event of any kind."""
+        if event["event"] == "log":
+            self._tell(event["stream"], event["data"] if "data" in event else base64.b64decode(event["base64"]))
+
+    def outcome(self, state: dict[str, Any], run: RemoteRun | None = None) -> Outcome:
+        """With how it ended."""
+        complete = run.complete if run else not state["logsTruncated"]
+        return Outcome(state, bytes(self._kept["stdout"]), bytes(self._kept["stderr"]), complete, run)
+
+
+def _transferable(content: Any) -> Any:
+    """What JSON can carry of a content."""
+    return {"base64": base64.b64encode(content).decode()} if isinstance(content, (bytes, bytearray, memoryview)) else content
+
+
+# -- trees out of and into local folders
+
+
+def _write_form(
+    file: IO[bytes], boundary: str, request: bytes, folder: Path | None, local: Mapping[str, os.PathLike[str]]
+) -> None:
+    """The body of a request whose files are sent as a tar."""
+    for name, kind in (("run", JSON), ("tar", TAR)):
+        file.write(f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\nContent-Type: {kind}\r\n\r\n'.encode())
+        if name == "run":
+            file.write(request + b"\r\n")
+    pack(file, folder, local)
+    file.write(f"\r\n--{boundary}--\r\n".encode())
+
+
+def pack(out: IO[bytes], folder: Path | None, files: Mapping[str, os.PathLike[str]]) -> None:
+    """Write a tar of a folder, without what its .dockerignore names and without .git (`!.git` there keeps it), and of single
+    files under other names. Raises OSError, UsageError for a name that stands twice or what is neither file, folder nor link."""
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=COPY_BYTES) as tar:
+        for path, name in _walk(folder, files):
+            info = tar.gettarinfo(path, name)
+            if info is None:
+                raise UsageError(f"{printable(str(path))} is a socket, which cannot be sent")
+            if not (info.isfile() or info.isdir() or info.issym() or info.islnk()):
+                raise UsageError(f"{printable(str(path))} is neither a file, a folder nor a link")
+            info.uid = info.gid = 0
+            info.uname = info.gname = ""
+            info.mode, info.mtime = info.mode & 0o777, int(info.mtime)
+            if not info.isreg():
+                tar.addfile(info)
+                continue
+            with path.open("rb") as file:
+                tar.addfile(info, file)
+
+
+def _walk(folder: Path | None, files: Mapping[str, os.PathLike[str]]) -> Iterator[tuple[Path, str]]:
+    if folder is not None:
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        ignored = DockerIgnore(folder)
+        for path, name in _below(folder, "", ignored):
+            if name not in files:
+                yield path, name
+    for name, local in files.items():
+        yield Path(os.path.realpath(local)), name
+
+
+def _below(folder: Path, prefix: str, ignored: DockerIgnore) -> Iterator[tuple[Path, str]]:
+    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+        name, is_folder = prefix + entry.name, entry.is_dir(follow_symlinks=False)
+        left_out = ignored.matches(name)
+        if not left_out:
+            yield Path(entry.path), name
+        if is_folder and not (left_out and ignored.simple):
+            yield from _below(Path(entry.path), name + "/", ignored)
+
+
+class DockerIgnore:
+    """The patterns of a folder's .dockerignore, as `docker build` reads them; the last one that matches a path, or a folder
+    that it is in, decides. Before them stands one for `.git`."""
+
+    def __init__(self, folder: Path) -> None:
+        lines = [".git"]
+        with contextlib.suppress(FileNotFoundError):
+            lines += small_file(folder / ".dockerignore").decode("utf-8-sig").splitlines()
+        self._patterns = [self._compiled(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+        self.simple = all(leaves_out for leaves_out, _ in self._patterns)  # nothing in a folder that is left out comes back
+
+    @staticmethod
+    def _compiled(line: str) -> tuple[bool, re.Pattern[str]]:
+        leaves_out, pattern = not line.startswith("!"), clean_path(line.lstrip("!").strip())[1:]
+        special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+        def translated(found: re.Match[str]) -> str:
+            return special.get(found[0]) or (found[0] if len(found[0]) > 2 else re.escape(found[0][-1]))
+
+        text = re.sub(r"\*\*/|\*\*|\*|\?|\[\^?[^]/]+\]|\\.|.", translated, pattern, flags=re.DOTALL)
+        return leaves_out, re.compile(text + r"(?:/.*)?\Z", re.DOTALL)
+
+    def matches(self, name: str) -> bool:
+        """Whether this path is left out."""
+        return next((leaves_out for leaves_out, pattern in reversed(self._patterns) if pattern.match(name)), False)
+
+
+def unpack(file: IO[bytes], folder: Path, overwrite: bool = False) -> list[str]:
+    """Write the files and folders of a tar below a folder, which is made when missing; returns their names. All is judged before
+    anything is written: nothing outside of the folder, no links, nothing through a link, nothing over what is there unless
+    `overwrite`. Raises NotWritten, OSError."""
+    with tarfile.open(fileobj=file) as tar:
+        members = [(member, member.name.rstrip("/")) for member in tar]
+        for member, name in members:
+            if not (member.isreg() or member.isdir()) or {"", ".", ".."} & set(name.split("/")):
+                raise NotWritten(f"{printable(name)} is not a file or folder that a run may hand out")
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(_Place(folder)) as place:
+            for member, name in members:
+                place.judge(name, member.isdir(), overwrite)
+            for member, name in members:
+                content = tar.extractfile(member)
+                if content is None:
+                    place.enter(name.split("/"), make=True)
+                else:
+                    place.write(name, content, member.mode & 0o111 != 0, overwrite)
+    return [name for _, name in members]
+
+
+class _Place:
+    """A folder into which things are written that nobody vouches for. Every step down is one open of one name that must be a
+    folder, so that no link, however it came there, leads elsewhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self._root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self._last: tuple[list[str], int] = [], self._root  # where we are, since neighbours follow each other
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._leave()
+        os.close(self._root)
+
+    def _leave(self) -> None:
+        if self._last[1] != self._root:
+            os.close(self._last[1])
+        self._last = [], self._root
+
+    def enter(self, folders: list[str], make: bool = False) -> int | None:
+        """A descriptor of a folder in here, None when it is missing. Raises NotWritten."""
+        if folders == self._last[0]:
+            return self._last[1]
+        self._leave()
+        for depth, name in enumerate(folders, 1):
+            above = self._last[1]
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=above)
+            try:
+                below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno not in {errno.ELOOP, errno.ENOTDIR}:
+                    raise
+                raise NotWritten(f"{printable('/'.join(folders[:depth]))} is there already, and is not a folder") from error
+            if above != self._root:
+                os.close(above)
+            self._last = folders[:depth], below
+        return self._last[1]
+
+    def judge(self, name: str, is_folder: bool, overwrite: bool) -> None:
+        """Raises NotWritten when this cannot be written."""
+        *folders, last = name.split("/")
+        if is_folder:
+            self.enter([*folders, last])
+        elif (above := self.enter(folders)) is not None:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(last, dir_fd=above, follow_symlinks=False)
+                if not overwrite or stat.S_ISDIR(there.st_mode):
+                    hint = "" if overwrite else ", and is not overwritten without being asked"
+                    raise NotWritten(f"{printable(name)} is there already{hint}")
+
+    def write(self, name: str, content: IO[bytes], executable: bool, overwrite: bool) -> None:
+        """Write a file; one that is there is replaced as a whole, not written to. Raises OSError."""
+        *folders, last = name.split("/")
+        above = self.enter(folders, make=True)
+        temporary = f".lightrun-{uuid.uuid4().hex}" if overwrite else last
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o777 if executable else 0o666, dir_fd=above)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                shutil.copyfileobj(content, file, COPY_BYTES)
+            if overwrite:
+                os.replace(temporary, last, src_dir_fd=above, dst_dir_fd=above)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=above)
+            raise
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Commands: the client at a shell
+# --------------------------------------------------------------------------------------------------------------------
+
+TIMED_OUT, OWN_FAILURE, PIPE_CLOSED = 124, 125, 141  # exit codes, as of timeout(1), `docker run` and a shell
+OPTION_NAMES = {"labels": "label", "detached": "detach"}  # where habit has another name than the field
+SPECIAL_FIELDS = {"image", "files", "entrypoint", "input", "stdin", "splitLogs"}  # these have arguments of their own
 NEVER_EMPTY = {"token", "token_file"}  # an empty variable counts as absent, but must not open the server by mistake
 
 
@@ -8557,10 +9192,505 @@ def variable_of(name: str) -> str:
     return "LIGHT_RUN_" + name.upper()
 
 
-def _parser() -> argparse.ArgumentParser:
+def token_in(path: Path) -> str:
+    """The first token of a file of them. Raises UsageError."""
+    try:
+        first = next(line for line in small_file(path).decode().splitlines() if line.strip())
+    except StopIteration as error:
+        raise UsageError(f"{path}: holds no token") from error
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from error
+    return Token.parse(first, str(path)).text
+
+
+def default_token(environment: Mapping[str, str]) -> str | None:
+    """The token that the environment names. Raises UsageError."""
+    token, path = (environment.get(variable_of(name)) for name in ("token", "token_file"))
+    return token or (token_in(Path(path).expanduser()) if path else None)
+
+
+# -- options, of which those of a request come from its table
+
+
+def option_of(field: str) -> str:
+    """The option of a request's field: `fileSize` → `--file-size`."""
+    return "--" + re.sub(r"(?=[A-Z])", "-", OPTION_NAMES.get(field, field)).lower()
+
+
+def _argument(cast: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A cast as argparse wants it."""
+
+    def read(text: str) -> Any:
+        try:
+            return cast(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def _milliseconds(text: str) -> int:
+    return round(parse_duration(text) * 1000)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise ValueError("must be NAME=VALUE")
+    return name, value
+
+
+def _variable(text: str) -> tuple[str, str | None]:
+    name, sign, value = text.partition("=")
+    return name, value if sign else os.environ.get(name)
+
+
+def _extracted(text: str) -> str | dict[str, str]:
+    path, sign, to = text.rpartition(":")
+    return {"from": path, "to": to} if sign and to else path or text
+
+
+def _file(text: str) -> tuple[str, Path]:
+    name, sign, local = text.partition("=")
+    if not name:
+        raise ValueError("must be PATH or PATH=LOCAL")
+    return name, Path(local if sign else name)
+
+
+FIELD_ARGUMENTS: dict[str, tuple[Callable[[str], Any], str]] = {  # how to read those that are given again and again
+    "env": (_variable, "NAME[=VALUE]"),
+    "labels": (_pair, "NAME=VALUE"),
+    "extract": (_extracted, "FROM[:TO]"),
+    "setup": (str, "COMMAND"),
+}
+
+
+def _add_fields(parser: argparse.ArgumentParser, schema: dict[str, Any]) -> None:
+    """An option for each field of a request."""
+    for name, about in schema["properties"].items():
+        if name in SPECIAL_FIELDS:
+            continue
+        kind, more = about.get("type") or about["anyOf"][-1]["type"], dict[str, Any]()
+        text = about["description"].replace(" in ms", "").replace("%", "%%")
+        if name in FIELD_ARGUMENTS:
+            cast, metavar = FIELD_ARGUMENTS[name]
+            more, text = {"action": "append", "type": _argument(cast), "metavar": metavar}, text + " Repeatable."
+        elif about.get("unit") == "milliseconds":
+            more = {"type": _argument(_milliseconds), "metavar": "DURATION"}
+        elif kind == "boolean":
+            more = {"action": "store_const", "const": True}
+        elif kind in {"integer", "number"}:
+            more = {"type": {"integer": int, "number": float}[kind], "metavar": "N"}
+        else:
+            more = {"metavar": "|".join(about["enum"]) if "enum" in about else "SIZE" if "anyOf" in about else "TEXT"}
+        parser.add_argument(option_of(name), dest=f"field {name}", help=text, **more)
+
+
+def _fields(options: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
+    """The fields of a request that the options give."""
+    fields = {name[6:]: value for name, value in options.items() if name.startswith("field ") and value is not None}
+    for name in {"env", "labels"} & fields.keys():
+        fields[name] = {each: value for each, value in fields[name] if value is not None}
+    if options["shell"] is not None and command:
+        raise UsageError("--shell and a command behind -- are two commands")
+    if command or options["shell"] is not None:
+        fields["entrypoint"] = list(command) or options["shell"]
+    return fields
+
+
+def _add_client_options(parser: argparse.ArgumentParser) -> None:
+    shown = {"url": f"daemon: http://…, https://… or unix:///PATH (default: LIGHT_RUN_URL, or {DEFAULT_URL})",
+             "token": "bearer token (default: LIGHT_RUN_TOKEN)",
+             "token-file": "file whose first line is the token (default: LIGHT_RUN_TOKEN_FILE)"}  # fmt: skip
+    for name, text in shown.items():
+        parser.add_argument(f"--{name}", metavar=name.upper().replace("-", "_"), help=text)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-i", "--interactive", action="store_true", help="send standard input, all of it, before the start")
+    parser.add_argument("--shell", metavar="SCRIPT", help="run sh -c SCRIPT in place of a COMMAND")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="image to run")
+    parser.add_argument("--dir", metavar="DIR",
+                        help="put a local folder into the workdir, without .git and what its .dockerignore names")  # fmt: skip
+    parser.add_argument("--file", metavar="PATH[=LOCAL]", action="append", default=[], type=_argument(_file),
+                        help="put a local file there in the workdir. Repeatable.")  # fmt: skip
+    parser.add_argument("--output", metavar="DIR", default=".", help="where what --extract names is written (default: .)")
+    _add_output(parser)
+    _add_input(parser)
+    parser.add_argument("--usage", action="store_true", help="say at the end, on standard error, what the run took and used")
+    _add_fields(parser, request_schema(Settings()))
+
+
+def _add_exec(parser: argparse.ArgumentParser) -> None:
+    _add_id(parser)
+    _add_input(parser)
+    _add_fields(parser, exec_schema(Settings()))
+
+
+def _add_id(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("id", metavar="ID", help="id of a run, or a beginning that no other has")
+
+
+def _add_ids(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", metavar="ID", nargs="+", help="id of a run, or a beginning that no other has")
+
+
+def _add_ps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-a", "--all", action="store_true", help="runs that have ended as well")
+    parser.add_argument("-n", "--limit", metavar="N", type=int, default=100, help="so many at most, the newest (default: 100)")
+    parser.add_argument("--label", metavar="NAME=VALUE", help="only those with this label")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
+    parser.add_argument("-q", "--quiet", action="store_true", help="ids alone")
+
+
+def _add_logs(parser: argparse.ArgumentParser) -> None:
+    _add_id(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="and what comes, until the run ends")
+
+
+def _add_stop(parser: argparse.ArgumentParser) -> None:
+    _add_ids(parser)
+    parser.add_argument("--signal", metavar="NAME", help="first signal (default: SIGTERM)")
+    parser.add_argument("--grace", metavar="DURATION", type=_argument(_milliseconds), help="time until SIGKILL (default: 10s)")
+
+
+def _add_cp(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="ID[:PATH]", help="run, and what of its artifacts (default: all)")
+    parser.add_argument("folder", metavar="DIR", help="folder to write it in")
+    _add_output(parser)
+
+
+# -- what they do
+
+
+def say(text: str) -> None:
+    """A line of lightrun's own on standard error."""
+    with contextlib.suppress(OSError):
+        _write(2, f"lightrun: {''.join(each if each.isprintable() else '?' for each in text)}\n".encode(errors="replace"))
+
+
+def _write(descriptor: int, data: bytes | memoryview) -> None:
+    """All of it, to a pipe that was made not to block as well. Raises OSError."""
+    data = memoryview(data)
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
+class Terminal:
+    """Where output goes, as it comes; and, when standard error is a terminal, one line of progress that is gone before it."""
+
+    def __init__(self) -> None:
+        self._shows, self._line = os.isatty(2), False
+
+    def output(self, stream: str, data: bytes) -> None:
+        """Bytes of a stream. Raises OSError."""
+        self.progress("")
+        _write(1 if stream == "stdout" else 2, data)
+
+    def progress(self, text: str) -> None:
+        """Replace the line; with nothing, remove it."""
+        if self._shows and (text or self._line):
+            width = shutil.get_terminal_size().columns - 1
+            _write(2, b"\r\x1b[K" + printable(text)[:width].encode(errors="replace"))
+            self._line = bool(text)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        """An event of a run."""
+        if event["event"] == "log":
+            self.output(event["stream"], event["data"] if "data" in event else base64.b64decode(event["base64"]))
+        elif event["event"] == "pulling":
+            self.progress(" ".join(str(event[name]) for name in ("status", "id", "progress") if event.get(name)))
+        elif event["event"] in {"started", "finished"}:
+            self.progress("")
+
+
+class Interruption:
+    """SIGINT, SIGTERM or SIGHUP: the first one cancels the run, if there is one by then; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._run: RemoteRun | None = None
+        self._submitting = threading.Event()  # set when there may be a run
+        self._known = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _frame: Any) -> None:
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        if not self._submitting.is_set():
+            sys.exit(128 + number)
+        say("cancelling; a second signal leaves it")
+        threading.Thread(target=self._cancel, daemon=True).start()
+
+    def _cancel(self) -> None:
+        self._known.wait()
+        assert self._run
+        with contextlib.suppress(LightrunError):  # it has ended, or cannot be reached, which its follower sees as well
+            self._run.cancel()
+
+    def submitting(self) -> None:
+        """From now on there may be a run."""
+        self._submitting.set()
+
+    def known(self, run: RemoteRun) -> None:
+        """It is this one."""
+        self._run = run
+        self._known.set()
+
+
+def _standard_input(options: Mapping[str, Any]) -> bytes | None:
+    return sys.stdin.buffer.read() if options["interactive"] else None
+
+
+def _named(error: ApiError) -> ApiError:
+    """A refusal in the words of the options."""
+    for each in error.details:
+        if each["path"] and each["path"][0] not in SPECIAL_FIELDS:
+            each["path"] = [option_of(str(each["path"][0])), *each["path"][1:]]
+    return ApiError(error.status, {"error": error.code, "message": str(error), "details": error.details})
+
+
+def run_command(client: Client, options: dict[str, Any], command: Sequence[str]) -> int:
+    """`lightrun run`: the exit code of the program, 124 after its timeout, 125 for what went wrong otherwise."""
+    fields, interruption, terminal = _fields(options, command), Interruption(), Terminal()
+    if "extract" in fields:
+        fields.setdefault("extractOn", "exit")
+    detach = fields.pop("detached", False)
+    stdin = _standard_input(options)
+    interruption.submitting()
+    try:
+        run = client.start(options["image"], folder=options["dir"], files=dict(options["file"]), stdin=stdin, **fields)
+    except ApiError as error:
+        raise _named(error) from error
+    interruption.known(run)
+    if detach:
+        print(run.id, flush=True)
+        return 0
+    try:
+        for event in run.events():
+            terminal.tell(event)
+            state = event.get("run", {})
+    except OSError as error:  # nobody reads the output any more, or it cannot be kept
+        run.cancel()
+        if isinstance(error, BrokenPipeError):
+            return PIPE_CLOSED
+        raise
+    return interruption.number + 128 if interruption.number else _concluded(run, state, options)
+
+
+def _concluded(run: RemoteRun, state: dict[str, Any], options: Mapping[str, Any]) -> int:
+    """Fetch what a run kept, say what is to be said, and tell the exit code."""
+    failures = [] if run.complete else ["some of the output is missing"]
+    lacking = [each for each in state.get("extracted", []) if each["status"] != "ok"]
+    failures += [f"--extract {each['from']}: {each.get('message') or each['status']}" for each in lacking]
+    try:
+        if state.get("artifacts"):
+            run.save(options["output"], overwrite=options["overwrite"])
+    except (LightrunError, OSError, tarfile.TarError) as error:
+        failures.append(f"{error}; the files are still to be had with: lightrun cp {run.id} DIR")
+    if state["reason"] != "exited" or state.get("error"):
+        say(f"{state['reason']}: {state['error']}" if state.get("error") else state["reason"])
+    for failure in failures:
+        say(failure)
+    if options["usage"]:
+        say(_usage(state))
+    return _exit_code(state) or (OWN_FAILURE if failures else 0)
+
+
+def _exit_code(state: Mapping[str, Any]) -> int:
+    """What a run's or a command's end is to a shell."""
+    if state["reason"] == "timeout":
+        return TIMED_OUT
+    if state["reason"] in {"interrupted", "engine_error", "lost"}:  # whatever code there is is not the program's own
+        return OWN_FAILURE
+    return int(state.get("exitCode", OWN_FAILURE))
+
+
+def _usage(state: Mapping[str, Any]) -> str:
+    timings = ", ".join(f"{name} {took} ms" for name, took in state["timings"].items() if took)
+    used = state.get("usage", {})
+    figures = [f"run {state['id']}", state["reason"], f"exit code {state['exitCode']}" if "exitCode" in state else ""]
+    figures += [f"{state['durationMs']} ms ({timings})", f"{used['cpuMs']} ms of CPU" if "cpuMs" in used else ""]
+    figures += [f"{used['memoryPeakBytes'] / MIB:.1f} MiB of memory" if "memoryPeakBytes" in used else ""]
+    return ", ".join(filter(None, figures))
+
+
+def exec_command(client: Client, options: dict[str, Any], command: Sequence[str]) -> int:
+    """`lightrun exec`: the exit code of the command, as for `run`. It ends with its client."""
+    fields, terminal = _fields(options, command), Terminal()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    if "entrypoint" not in fields:
+        raise UsageError("there is no command: put it behind --, or behind --shell")
+    try:
+        run_id, stdin = client.get(options["id"]).id, _standard_input(options)
+        outcome = client.exec(run_id, stdin=stdin, on_output=terminal.output, **fields)
+    except ApiError as error:
+        raise _named(error) from error
+    except BrokenPipeError:
+        return PIPE_CLOSED
+    if not outcome.complete:
+        say("some of the output is missing")
+    if outcome.reason != "exited":
+        say(f"{outcome.reason}: {outcome.state['error']}" if outcome.state.get("error") else outcome.reason)
+    return _exit_code(outcome.state) or (0 if outcome.complete else OWN_FAILURE)
+
+
+def ps_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun ps`"""
+    query = {"label": options["label"], "status": None if options["all"] else "running"}
+    found = client.runs(max(0, options["limit"]), **{name: value for name, value in query.items() if value is not None})
+    if options["json"] or options["quiet"]:
+        for state in found:
+            print(to_json(state).decode() if options["json"] else state["id"])
+        return 0
+    rows = [("ID", "IMAGE", "STATUS", "EXIT", "CREATED", "TOOK", "LABELS"), *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(state: Mapping[str, Any]) -> tuple[str, ...]:
+    how = state.get("phase") or state.get("reason", "")
+    took = f"{state['durationMs'] / 1000:.1f}s" if "durationMs" in state else ""
+    labels = " ".join(f"{name}={value}" for name, value in state.get("labels", {}).items())
+    status = state["status"] if how in {state["status"], "exited"} else f"{state['status']} ({how})"
+    short = state["id"][: -len("-0000-0000-0000-000000000000")]
+    return short, printable(state["image"]), status, str(state.get("exitCode", "")), state["createdAt"], took, printable(labels)
+
+
+def logs_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun logs`"""
+    run, terminal = client.get(options["id"]), Terminal()
+    for event in run.events(follow=options["follow"]):
+        if event["event"] == "log":
+            terminal.tell(event)
+    if not run.complete:
+        say("not all of the output is kept")
+    return 0
+
+
+def _each(client: Client, options: Mapping[str, Any], do: Callable[[RemoteRun], None], ends: bool = True) -> int:
+    """Do something to some runs, wait until it has ended them, and print the ids of those with which it could be done."""
+    code = 0
+    for given in options["ids"]:
+        try:
+            run = client.get(given)
+            do(run)
+            if ends:
+                run.ended()
+        except ApiError as error:
+            say(f"{given}: {error}")
+            code = 1
+        else:
+            print(run.id, flush=True)
+    return code
+
+
+def stop_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun stop`"""
+    fields = {name: options[name] for name in ("signal", "grace") if options[name] is not None}
+    return _each(client, options, lambda run: run.stop(**fields))
+
+
+def cancel_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun cancel`"""
+    return _each(client, options, RemoteRun.cancel)
+
+
+def rm_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun rm`"""
+    return _each(client, options, RemoteRun.delete, ends=False)
+
+
+def cp_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+    """`lightrun cp`"""
+    run_id, _, path = options["source"].partition(":")
+    run = client.get(run_id)
+    if run.state()["status"] == "running":
+        raise Conflict(f"run {run.id} has not ended: what it keeps is there when it has")
+    run.save(options["folder"], path.strip("/"), options["overwrite"])
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command of the client: what its arguments are, and what it does. Its exit codes for its own failures and for a wrong
+    command line are one for those that give the exit code of a program."""
+
+    does: Callable[[Client, dict[str, Any], Sequence[str]], int]
+    add: Callable[[argparse.ArgumentParser], None]
+    help: str
+    usage: str = ""  # behind the options
+    failure: int = 1
+    misuse: int = 2
+
+
+COMMANDS = {
+    "run": Command(run_command, _add_run, "run a container as docker run does", "IMAGE [-- COMMAND …]", OWN_FAILURE, OWN_FAILURE),
+    "exec": Command(exec_command, _add_exec, "run a second command in a run", "ID -- COMMAND …", OWN_FAILURE, OWN_FAILURE),
+    "ps": Command(ps_command, _add_ps, "list runs"),
+    "logs": Command(logs_command, _add_logs, "print the output of a run"),
+    "stop": Command(stop_command, _add_stop, "signal runs, and kill those that do not end"),
+    "cancel": Command(cancel_command, _add_ids, "kill runs"),
+    "rm": Command(rm_command, _add_ids, "forget runs that have ended"),
+    "cp": Command(cp_command, _add_cp, "copy what a run kept"),
+}
+
+
+def client_main(name: str, options: dict[str, Any], behind: Sequence[str]) -> int:
+    """A command of the client; its exit code."""
+    command = COMMANDS[name]
+    try:
+        token = options["token"] or (token_in(Path(options["token_file"]).expanduser()) if options["token_file"] else None)
+        code = command.does(Client(options["url"], token), options, behind)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        code, why = command.misuse, str(error)
+    except BrokenPipeError:  # nothing is to be flushed there when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return PIPE_CLOSED
+    except LightrunError as error:
+        code, why = command.failure, str(error)
+    except OSError as error:
+        code, why = command.failure, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    say(why)
+    return code
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    misuse = 2  # exit code for a wrong command line
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as SPEC 4 has it."""
+        self.exit(self.misuse, f"lightrun: {message}\n")
+
+
+def _parser() -> _Parser:
     parser = _Parser(prog="lightrun", description="Run a container over HTTP.")
     parser.add_argument("--version", action="version", version=f"lightrun {__version__}")
-    serve = parser.add_subparsers(dest="command", required=True, metavar="serve").add_parser(
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve = commands.add_parser(
         "serve", help="serve the HTTP API", allow_abbrev=False,
         description="Serve the HTTP API. Each option can also be given as a variable, as in "
         "LIGHT_RUN_BODY_LIMIT; repeatable ones take commas there. The option wins.",
@@ -8572,7 +9702,31 @@ def _parser() -> argparse.ArgumentParser:
             "--" + field.name.replace("_", "-"), action="append" if many else "store", metavar=field.name.upper(),
             help=f"{field.metadata['help']} (default: {shown})",
         )  # fmt: skip
+    for name, command in COMMANDS.items():
+        about = f"{command.help[0].upper()}{command.help[1:]}, on a lightrun daemon."
+        client = commands.add_parser(name, help=command.help, description=about, allow_abbrev=False)
+        assert isinstance(client, _Parser)
+        client.misuse = command.misuse
+        if command.usage:
+            client.usage = f"lightrun {name} [options] {command.usage}"
+        command.add(client)
+        _add_client_options(client)
     return parser
+
+
+def _parsed(argv: Sequence[str]) -> tuple[dict[str, Any], Sequence[str]]:
+    """The options of a command line, and what stands behind `--`. Leaves with one line when it is wrong."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    options, more = parser.parse_known_args(argv[:at])
+    command = COMMANDS.get(options.command)
+    if command:
+        parser.misuse = command.misuse
+    if more and command and command.usage:
+        parser.error(f"what to do with {more[0]}? The command stands behind --: lightrun {options.command} {command.usage}")
+    if more or (at < len(argv) and not (command and command.usage)):
+        parser.error("unrecognized arguments: " + " ".join(more or argv[at:]))
+    return vars(options), argv[at + 1 :]
 
 
 def read_settings(options: Mapping[str, Any], environment: Mapping[str, str]) -> Settings:
@@ -8646,7 +9800,9 @@ def main(argv: list[str] | None = None) -> int:
     _open_standard_streams()
     if os.environ.get("HOME") == "":
         del os.environ["HOME"]  # "~" would be "/"
-    options = vars(_parser().parse_args(argv))
+    options, behind = _parsed(sys.argv[1:] if argv is None else argv)
+    if options["command"] in COMMANDS:
+        return client_main(options.pop("command"), options, behind)
     try:
         return serve(read_settings(options, os.environ))
     except LightrunError as error:

@@ -317,6 +317,7 @@ def pyz(built: Path) -> Path:
         if not folder.exists():
             with zipfile.ZipFile(built) as archive:
                 archive.extractall(folder)
+            shutil.rmtree(folder / "lightrun")  # which is there for zips; the module beside it is the same
             subprocess.run([sys.executable, "-m", "compileall", "-q", folder], check=True)
     return folder
 

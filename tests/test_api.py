@@ -998,3 +998,37 @@ def test_what_was_not_tried_to_keep_is_told(api: Daemon) -> None:
     assert late["extracted"] == [{"from": "x", "status": "skipped", "message": "timeout, and extractOn is success"}]
     absent = api.run(image="lightrun/nosuch", extract=["x"])
     assert absent["extracted"] == [{"from": "x", "status": "skipped", "message": absent["reason"]}]
+
+
+def test_runs_by_the_beginning_of_their_id(api: Daemon) -> None:
+    runs = [api.run(entrypoint="true", labels={"of": "beginnings"})["id"] for _ in range(3)]
+
+    def found(query: str) -> list[str]:
+        return [state["id"] for state in api.request("GET", f"/runs?{query}").json()]
+
+    for run in runs:
+        assert found(f"id={run}") == found(f"id={run[:13]}") == found(f"id={run[:13]}&label=of=beginnings") == [run]
+        assert not found(f"id={run[:13]}&label=of=others")
+        assert not found(f"id={run}0")
+    assert set(runs) <= {run for digit in "0123456789abcdef" for run in found(f"id={digit}&limit=1000")}
+    assert found(f"id={runs[1][:13]}&before={runs[2]}") == [runs[1]]
+    assert not found(f"id={runs[1][:13]}&before={runs[0]}")
+    for wrong in ("", "%2A", "A", "a" * 101, "a_%"):
+        assert api.request("GET", f"/runs?id={wrong}").status == 400
+
+
+def test_a_tar_of_some_artifacts(api: Daemon) -> None:
+    script = "mkdir -p out/deep/er out/deeper; echo 1 > out/deep/er/a; echo 2 > out/deeper/b; chmod +x out/deep/er/a"
+    run = api.run(entrypoint=script, extract=["out"])["id"]
+
+    def names(path: str) -> dict[str, int]:
+        response = get(api, f"/runs/{run}/artifacts/{path}", Accept="application/x-tar")
+        assert (response.status, response.headers["Content-Type"]) == (200, "application/x-tar")
+        with tarfile.open(fileobj=io.BytesIO(response.body)) as tar:
+            return {member.name: member.mode for member in tar}
+
+    assert names("deep").keys() == names("deep/").keys() == {"deep", "deep/er", "deep/er/a"}
+    assert names("deep/er") == {"er": 0o755, "er/a": 0o755}
+    assert names("deeper/b") == {"b": 0o644}
+    assert get(api, f"/runs/{run}/artifacts/dee", Accept="application/x-tar").status == 404
+    assert get(api, f"/runs/{run}/artifacts/deeper/b").body == b"2\n"

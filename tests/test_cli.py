@@ -208,7 +208,7 @@ def test_a_bad_value_is_one_line_and_code_2(command: Command, option: str, value
         assert source in done.line()
 
 
-@pytest.mark.parametrize("arguments", [(), ("run",), ("serve", "here"), ("serve", "--nope"), ("serve", "--port")])
+@pytest.mark.parametrize("arguments", [(), ("walk",), ("ps", "here"), ("rm",), ("serve", "here"), ("serve", "--nope"), ("serve", "--port")])
 def test_an_unknown_word_is_one_line_and_code_2(command: Command, arguments: tuple[str, ...]) -> None:
     done = command(*arguments)
     assert done.code == 2

@@ -1025,3 +1025,86 @@ def test_a_follower_comes_back_after_kill_9(daemon: DaemonFactory) -> None:
     lightrun.wait(run)
     assert since(lightrun, run, len(first), "&stream=stdout") == (200, rest)
     assert since(lightrun, run, 0)[0] == 410
+
+
+# ---------------------------------------------------------------- Events with bytes
+
+
+def pieces(daemon: Daemon, run: str, query: str = "") -> tuple[dict[str, bytes], list[Event]]:
+    """What events with bytes say of each stream, put together by where they say that it stands; and all events."""
+    response = daemon.request("GET", f"/runs/{run}/events?encoding=base64{query}")
+    assert (response.status, response.headers["Content-Type"]) == (200, "application/x-ndjson")
+    events, told = [json.loads(line) for line in response.body.splitlines()], {"stdout": bytearray(), "stderr": bytearray()}
+    for event in events:
+        if event["event"] == "log":
+            text = told[event["stream"]]
+            text.extend(bytes(event["at"] - len(text)))
+            assert event["at"] == len(text)
+            text += base64.b64decode(event["base64"])
+    return {stream: bytes(text) for stream, text in told.items()}, events
+
+
+def test_events_have_the_bytes_on_request(lightrun_tcp: Daemon) -> None:
+    script = r"printf 'a\r\377'; printf 'no end' >&2; sleep 0.4; printf 'b\n'; exit 3"
+    run = lightrun_tcp.detach(entrypoint=script, network="none")
+    whole = {"stdout": b"a\r\xffb\n", "stderr": b"no end"}
+    live, events = pieces(lightrun_tcp, run)
+    assert live == whole
+    assert sum(event["event"] == "log" and event["stream"] == "stdout" for event in events) == 2  # as they came
+    assert (events[-1]["event"], events[-1]["run"]["exitCode"]) == ("finished", 3)
+    assert pieces(lightrun_tcp, run)[0] == whole
+    with live_pieces(lightrun_tcp, script) as posted:
+        out = [base64.b64decode(event["base64"]) for event in posted if event.get("stream") == "stdout"]
+        assert b"".join(out) == whole["stdout"]
+
+
+@contextlib.contextmanager
+def live_pieces(daemon: Daemon, entrypoint: str) -> Iterator[Iterator[Event]]:
+    """POST a live run whose events have bytes."""
+    with daemon.open("POST", "/run?encoding=base64", json=request_body(entrypoint), headers=NDJSON) as response:
+        yield (json.loads(line) for line in response)
+
+
+def test_events_with_bytes_tell_where_they_stand(lightrun_tcp: Daemon) -> None:
+    size = 3 * MIB
+    run = lightrun_tcp.run(entrypoint=f"echo early >&2; head -c {size} /dev/urandom; sleep 0.3; echo late >&2", network="none")
+    told, events = pieces(lightrun_tcp, run["id"])
+    assert (told["stderr"], len(told["stdout"])) == (b"early\nlate\n", size)
+    first = next(event["at"] for event in events if event.get("stream") == "stdout")
+    assert (first, events[1]) == (size - MIB, {"event": "gap"})
+    assert told["stdout"][first:] == log_bytes(lightrun_tcp, run["id"], "?stream=stdout")
+
+
+def test_events_so_far(lightrun_tcp: Daemon) -> None:
+    run = lightrun_tcp.detach(entrypoint=LONG, network="none")
+    ready(lightrun_tcp, run)
+    told, events = pieces(lightrun_tcp, run, "&follow=false")
+    assert (told["stdout"], [event["event"] for event in events]) == (b"ready\n", ["accepted", "started", "log"])
+    assert post(lightrun_tcp, run, "cancel") == 204
+    lightrun_tcp.wait(run)
+    events = [json.loads(line) for line in lightrun_tcp.request("GET", f"/runs/{run}/events?follow=false").body.splitlines()]
+    assert [event["event"] for event in events] == ["accepted", "started", "log", "finished"]
+    for query in ("encoding=hex", "follow=1", "from=0", "encoding=base64&encoding=base64"):
+        assert lightrun_tcp.request("GET", f"/runs/{run}/events?{query}").status == 400, query
+
+
+def test_where_bytes_stand_survives_a_kill_or_is_not_told(daemon: DaemonFactory) -> None:
+    """The engine's copy of a log, from which an adopted run is read, is whole only while it is small."""
+    lightrun = daemon("--log-limit", "64k")
+    short = lightrun.detach(entrypoint="yes $(printf %0999d 7) | head -c 100000; echo ready >&2; sleep 3; echo end", network="none")
+    flood = "i=0; while [ $i -lt 40 ]; do yes | head -c 65536; i=$((i+1)); done; echo ready >&2; sleep 3; echo end"
+    long = lightrun.detach(entrypoint=flood, network="none")
+    for run in (short, long):
+        lightrun.wait_for(run, lambda state: "ready" in state["logs"])
+    lightrun.kill()
+    lightrun.start()
+    for run in (short, long):
+        lightrun.wait(run)
+    told, _ = pieces(lightrun, short)
+    assert (len(told["stdout"]), told["stdout"][-4:], told["stderr"]) == (100_004, b"end\n", b"ready\n")
+    response = lightrun.request("GET", f"/runs/{long}/events?encoding=base64")
+    events = [json.loads(line) for line in response.body.splitlines()]
+    logs = [event for event in events if event["event"] == "log"]
+    assert logs
+    assert not [event for event in logs if "at" in event]
+    assert lightrun.request("GET", f"/runs/{long}/logs?stream=stdout&from=2600000").status == 410
