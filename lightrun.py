@@ -127,6 +127,7 @@ COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; wi
 READ_BYTES = 256 * KIB  # one read of the attach stream
 MAX_FRAME_BYTES = GIB  # an engine's frames have some 32 KiB; one that says more is garbled
 LINE_BYTES = 16 * KIB  # longer lines come in pieces, in a live run
+PIECE_BYTES = 16 * KIB  # of output that comes as bytes; a connection that breaks more often brings nothing on
 MAX_BEHIND_BYTES = GIB  # how far a follower of a log may fall behind before it is cut off
 TAIL_BYTES = 4 * KIB  # of a log, by which the end of another copy of it is known
 SEGMENT_BYTES = 64 * MIB  # of a log's followers: the unit in which the disk gets back what all have read
@@ -1914,20 +1915,22 @@ def log_lines(data: bytes) -> list[str]:
 
 
 class PieceEvents:
-    """Turns frames into log events with the bytes themselves, and where in their stream they begin, if that is known."""
+    """Turns frames into log events with the bytes themselves, and where in their stream they begin, if that is known: then
+    those before `since` are passed over."""
 
-    def __init__(self, at: Mapping[int, int]) -> None:
-        self._at = dict(at)
+    def __init__(self, at: Mapping[int, int], since: Mapping[str, int]) -> None:
+        self._at, self._since = dict(at), since
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
         """The events of some whole frames."""
         for stream, payload in frames(data):
-            for start in range(0, len(payload), READ_BYTES):
-                piece = payload[start : start + READ_BYTES]
-                known = {"at": self._at[stream]} if stream in self._at else {}
-                yield {"event": "log", "stream": STREAMS[stream], **known, "base64": base64.b64encode(piece).decode()}
-                if known:
-                    self._at[stream] += len(piece)
+            at, name = self._at.get(stream), STREAMS[stream]
+            first = 0 if at is None else max(0, self._since.get(name, 0) - at)
+            for start in range(first, len(payload), PIECE_BYTES):
+                text = base64.b64encode(payload[start : start + PIECE_BYTES]).decode()
+                yield {"event": "log", "stream": name, **({} if at is None else {"at": at + start}), "base64": text}
+            if at is not None:
+                self._at[stream] = at + len(payload)
 
     def end(self) -> Iterator[dict[str, Any]]:
         """No more: nothing is held back."""
@@ -7144,9 +7147,12 @@ def _followed(output: Log, at: dict[int, int] | None = None) -> Iterator[bytes |
             next(followed)  # what is kept was told, but for the gap
 
 
-def _log_events(followed: Iterable[bytes | None], at: Mapping[int, int] | None) -> Iterator[dict[str, Any]]:
-    """The events of what is followed of a log, with an empty one after each piece: lines, or with `at` (how many bytes of each
-    stream came up to the end of the first piece, and after a gap before the next) the bytes themselves."""
+def _log_events(
+    followed: Iterable[bytes | None], at: Mapping[int, int], query: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The events of what is followed of a log, with an empty one after each piece: lines, or as the query may ask the bytes
+    themselves. `at` tells how many bytes of each stream came up to the end of the first piece, and after a gap before the
+    next."""
     shown: LineEvents | PieceEvents | None = None
     gap, before = False, True
     for kept in followed:
@@ -7157,8 +7163,8 @@ def _log_events(followed: Iterable[bytes | None], at: Mapping[int, int] | None) 
         gap = kept is None or (gap and not kept)
         if shown is None and kept is not None:
             sizes = {number: len(raw_log(kept, name)) if before else 0 for number, name in STREAMS.items()}
-            starts = None if at is None else {number: count - sizes[number] for number, count in at.items()}
-            shown = LineEvents() if starts is None else PieceEvents(starts)
+            starts = {number: count - sizes[number] for number, count in at.items()}
+            shown = PieceEvents(starts, query) if "encoding" in query else LineEvents()
         yield from shown.feed(kept or b"") if shown else ()
         yield {}
     yield from shown.end() if shown else ()
@@ -7341,7 +7347,7 @@ ROUTES = (
     Route("GET", f"{RUNS}/logs", "logs", "The raw bytes of a run's output", {200: {BYTES: "Bytes"}, 410: {}}, LOG_QUERY),
     Route(
         "GET", f"{RUNS}/events", "events", "A run as it happens, or happened", {200: {EVENTS: "Event"}},
-        {**EVENTS_QUERY, "follow": {"type": "boolean", "default": True}},
+        {**EVENTS_QUERY, "follow": {"type": "boolean", "default": True}, **dict.fromkeys(STREAMS.values(), LOG_QUERY["from"])},
     ),
     Route("POST", f"{RUNS}/cancel", "cancel", "Kill a run", {204: {}, 409: {}}),
     Route("POST", f"{RUNS}/stop", "stop", "Signal a run, and kill it if it does not end", {204: {}, 409: {}}, body="Stop"),
@@ -7770,10 +7776,10 @@ class Api:
         yield {"event": "accepted", "id": run_id}
         head = {} if job else json.loads(self._store.head(run_id))
         progress, started = None, False
-        if job.log.truncated if job else head["logsTruncated"]:
+        lacks = job.log.truncated if job else head["logsTruncated"]
+        if lacks:
             yield {"event": "gap"}  # not from the beginning
-        followed, as_bytes = followed if follow else itertools.islice(followed, 1), "encoding" in call.query
-        for event in _log_events(followed, at if as_bytes else None):
+        for event in _log_events(followed if follow else itertools.islice(followed, 1), at, call.query):
             if job and job.pull and job.pull.progress is not progress:
                 progress = job.pull.progress
                 yield {"event": "pulling", **progress}
@@ -7781,8 +7787,13 @@ class Api:
                 started = True
                 yield {"event": "started"}
             yield event
+        short = job is not None and max(job.log.taken().values()) <= self._settings.log_limit
+        if job and follow and short and job.log.truncated and not (lacks or job.log.full):
+            yield {"event": "gap"}  # at the end, where no follower could be cut off
         if follow or job is None:
-            yield {"event": "finished", "run": self._state(call, run_id, job)}
+            state = self._state(call, run_id, job)
+            told = ("logs", *STREAMS.values()) if "encoding" in call.query else ()
+            yield {"event": "finished", "run": {name: value for name, value in state.items() if name not in told}}
 
     def exec(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/exec"""
@@ -7798,7 +7809,7 @@ class Api:
             at: dict[int, int] = {}
             if EVENTS in accept or BYTES in accept:  # from before the start, so that nothing is missing
                 followed = _followed(command.log, at)
-                next(followed)
+                followed = itertools.chain([next(followed)], followed)
             place.callback(command.ask, "cancelled", "its client left")
             self._execs.start(command)
             if not self._wait(call, command.settled, math.inf):
@@ -7806,8 +7817,7 @@ class Api:
             if command.refusal:
                 raise command.refusal
             if EVENTS in accept:
-                events = self._exec_events(command, followed, at if call.query.get("encoding") else None)
-                return self._streamed(call, _live(events), EVENTS, place.pop_all())
+                return self._streamed(call, _live(self._exec_events(call, command, followed, at)), EVENTS, place.pop_all())
             if BYTES in accept:
                 return self._raw(call, command, followed, place)
             if not self._wait(call, command.done, math.inf):
@@ -7816,11 +7826,13 @@ class Api:
 
     @staticmethod
     def _exec_events(
-        command: Exec, followed: Iterator[bytes | None], at: Mapping[int, int] | None
+        call: Call, command: Exec, followed: Iterator[bytes | None], at: Mapping[int, int]
     ) -> Iterator[dict[str, Any]]:
         if command.began < math.inf:
             yield {"event": "started"}
-        yield from _log_events(followed, at)
+        yield from _log_events(followed, at, call.query)
+        if command.doubt:
+            yield {"event": "gap"}
         yield {"event": "finished", "exec": command.state()}
 
     def _raw(self, call: Call, command: Exec, followed: Iterator[bytes | None], place: contextlib.ExitStack) -> Answer:
@@ -7926,6 +7938,8 @@ class Api:
         job = self._runner.job(run_id)
         if job is None:
             self._store.head(run_id)
+        if "encoding" not in call.query and call.query.keys() & set(STREAMS.values()):
+            raise BadRequest("stdout and stderr, the bytes from which on to tell, need encoding=base64")
         return self._streamed(call, _live(self._events(call, run_id, job, call.query.get("follow", True))), EVENTS)
 
     def delete(self, call: Call, run_id: str) -> Answer:
@@ -8637,7 +8651,7 @@ class _Patience:
         self._deadline = self._pause = 0.0
 
     def reset(self) -> None:
-        """It was heard of."""
+        """It has brought something on."""
         self._deadline = self._pause = 0.0
 
     def bear(self, error: LightrunError) -> None:
@@ -8814,14 +8828,15 @@ class Client:
     ) -> Outcome:  # fmt: skip
         """Run a second command in a run that goes on. It ends when its client does: Raises ConnectionLost when that is so."""
         request = {"entrypoint": entrypoint, **fields, **({} if stdin is None else {"stdin": _transferable(stdin)})}
-        output, state = _Output(on_output), None
-
+        output, received = _Output(on_output), Received()
         for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", to_json(request)):
-            output.take(event)
-            state = event.get("exec", state)
-        if state is None:
-            raise ConnectionLost("the connection broke, and with it went the command")
-        return output.outcome(state)
+            if event["event"] == "finished":
+                return output.outcome(event["exec"], received.complete)
+            if event["event"] == "gap":
+                received.complete = False
+            if event["event"] != "log" or received.take(event):
+                output.take(event)
+        raise ConnectionLost("the connection broke, and with it went the command")
 
     def get(self, run_id: str) -> RemoteRun:
         """A run by its id, or by a beginning that is its own."""
@@ -8843,44 +8858,56 @@ class Client:
             query["before"], limit = page[-1]["id"], limit - len(page)
 
 
+class Received:
+    """How much of each stream a client has, and whether that is all up to there."""
+
+    def __init__(self) -> None:
+        self.taken = dict.fromkeys(STREAMS.values(), 0)
+        self.complete = True
+
+    def take(self, event: dict[str, Any]) -> bool:
+        """Add to a log event what of its bytes is new, as `data`; whether that is anything."""
+        stream, data = event["stream"], base64.b64decode(event["base64"])
+        taken = self.taken[stream]
+        at = event.get("at", taken)
+        self.complete = self.complete and "at" in event and at <= taken
+        self.taken[stream] = max(taken, at + len(data))
+        event["data"] = data[max(0, taken - at) :]
+        return bool(event["data"])
+
+
 class RemoteRun:
-    """A run as its client sees it. `taken` is how many bytes of each stream were told; `complete` whether these are all."""
+    """A run as its client sees it."""
 
     def __init__(self, client: Client, run_id: str) -> None:
         self._client, self.id = client, run_id
         self._path = f"/runs/{run_id}"
-        self.taken = dict.fromkeys(STREAMS.values(), 0)
-        self.complete = True
+        self.received = Received()
         self._final: dict[str, Any] | None = None
 
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
         """The run's events, from where the last call left off; `log` has `stream` and `data`, its bytes. A connection that breaks
-        is had again: no byte is missing and none comes twice, or `complete` is false."""
-        query = f"{self._path}/events?encoding=base64" + ("" if follow else "&follow=false")
+        is had again: no byte is missing and none comes twice, or `received.complete` is false."""
         patience = _Patience()
         while True:
+            query = urllib.parse.urlencode({"encoding": "base64", "follow": str(follow).lower(), **self.received.taken})
+            began, heard = time.monotonic(), 0
             try:
-                for event in self._client._events("GET", query):
-                    patience.reset()
-                    if event["event"] == "finished":
+                for heard, event in enumerate(self._client._events("GET", f"{self._path}/events?{query}")):
+                    kind = event["event"]
+                    if kind == "finished":
                         self._final = event["run"]
-                    if event["event"] != "log" or self._is_new(event):
+                    if kind == "gap" and heard > 1:  # before, it only says that the beginning is not kept
+                        self.received.complete = False
+                    if kind != "log" or self.received.take(event):
                         yield event
+                    if kind == "log" or time.monotonic() - began > CONNECT_SECONDS:
+                        patience.reset()
                 if self._final or not follow:
                     return
                 raise ConnectionLost("the connection to the daemon broke")
             except (ConnectionLost, ApiError) as error:
                 patience.bear(error)
-
-    def _is_new(self, event: dict[str, Any]) -> bool:
-        """Cut a piece of output to what was not told before; whether that is anything."""
-        stream, data = event["stream"], base64.b64decode(event["base64"])
-        taken = self.taken[stream]
-        at = event.get("at")
-        self.complete = self.complete and at is not None and at <= taken
-        event["data"] = data = data if at is None else data[max(0, taken - at) :]
-        self.taken[stream] = taken + len(data) if at is None else max(taken, at + len(event["data"]), at)
-        return bool(data)
 
     def wait(self, on_output: Callable[[str, bytes], None] | None = None) -> Outcome:
         """Follow it to its end."""
@@ -8888,7 +8915,7 @@ class RemoteRun:
         for event in self.events():
             output.take(event)
         assert self._final
-        return output.outcome(self._final, self)
+        return output.outcome(self._final, self.received.complete, self)
 
     def state(self, wait: int = 0) -> dict[str, Any]:
         """Its state, as `GET /runs/<id>`; after at most `wait` ms, or when it has ended."""
@@ -8978,7 +9005,7 @@ class Outcome:
 
 
 class _Output:
-    """Collects what log events bring, or hands it on."""
+    """Collects the bytes of log events, or hands them on."""
 
     def __init__(self, tell: Callable[[str, bytes], None] | None) -> None:
         self._kept = {stream: bytearray() for stream in STREAMS.values()}
@@ -8987,11 +9014,10 @@ class _Output:
     def take(self, event: dict[str, Any]) -> None:
         """One event of any kind."""
         if event["event"] == "log":
-            self._tell(event["stream"], event["data"] if "data" in event else base64.b64decode(event["base64"]))
+            self._tell(event["stream"], event["data"])
 
-    def outcome(self, state: dict[str, Any], run: RemoteRun | None = None) -> Outcome:
+    def outcome(self, state: dict[str, Any], complete: bool, run: RemoteRun | None = None) -> Outcome:
         """With how it ended."""
-        complete = run.complete if run else not state["logsTruncated"]
         return Outcome(state, bytes(self._kept["stdout"]), bytes(self._kept["stderr"]), complete, run)
 
 
@@ -9183,6 +9209,7 @@ class _Place:
 
 TIMED_OUT, OWN_FAILURE, PIPE_CLOSED = 124, 125, 141  # exit codes, as of timeout(1), `docker run` and a shell
 OPTION_NAMES = {"labels": "label", "detached": "detach"}  # where habit has another name than the field
+SHORT_OPTIONS = {"detached": "-d", "env": "-e", "workdir": "-w"}  # as of `docker run`
 SPECIAL_FIELDS = {"image", "files", "entrypoint", "input", "stdin", "splitLogs"}  # these have arguments of their own
 NEVER_EMPTY = {"token", "token_file"}  # an empty variable counts as absent, but must not open the server by mistake
 
@@ -9283,7 +9310,7 @@ def _add_fields(parser: argparse.ArgumentParser, schema: dict[str, Any]) -> None
             more = {"type": {"integer": int, "number": float}[kind], "metavar": "N"}
         else:
             more = {"metavar": "|".join(about["enum"]) if "enum" in about else "SIZE" if "anyOf" in about else "TEXT"}
-        parser.add_argument(option_of(name), dest=f"field {name}", help=text, **more)
+        parser.add_argument(*SHORT_OPTIONS.get(name, "").split(), option_of(name), dest=f"field {name}", help=text, **more)
 
 
 def _fields(options: Mapping[str, Any], command: Sequence[str]) -> dict[str, Any]:
@@ -9400,14 +9427,14 @@ class Terminal:
     def progress(self, text: str) -> None:
         """Replace the line; with nothing, remove it."""
         if self._shows and (text or self._line):
-            width = shutil.get_terminal_size().columns - 1
+            width = max(1, os.get_terminal_size(2).columns - 1)
             _write(2, b"\r\x1b[K" + printable(text)[:width].encode(errors="replace"))
             self._line = bool(text)
 
     def tell(self, event: dict[str, Any]) -> None:
         """An event of a run."""
         if event["event"] == "log":
-            self.output(event["stream"], event["data"] if "data" in event else base64.b64decode(event["base64"]))
+            self.output(event["stream"], event["data"])
         elif event["event"] == "pulling":
             self.progress(" ".join(str(event[name]) for name in ("status", "id", "progress") if event.get(name)))
         elif event["event"] in {"started", "finished"}:
@@ -9493,7 +9520,7 @@ def run_command(client: Client, options: dict[str, Any], command: Sequence[str])
 
 def _concluded(run: RemoteRun, state: dict[str, Any], options: Mapping[str, Any]) -> int:
     """Fetch what a run kept, say what is to be said, and tell the exit code."""
-    failures = [] if run.complete else ["some of the output is missing"]
+    failures = [] if run.received.complete else ["some of the output is missing"]
     lacking = [each for each in state.get("extracted", []) if each["status"] != "ok"]
     failures += [f"--extract {each['from']}: {each.get('message') or each['status']}" for each in lacking]
     try:
@@ -9579,7 +9606,7 @@ def logs_command(client: Client, options: dict[str, Any], _command: Sequence[str
     for event in run.events(follow=options["follow"]):
         if event["event"] == "log":
             terminal.tell(event)
-    if not run.complete:
+    if not run.received.complete:
         say("not all of the output is kept")
     return 0
 

@@ -38,6 +38,7 @@ MIB = 1 << 20
 LAZY = {"bottle", "docker", "requests", "urllib3", "waitress"}
 # What a daemon that does not start leaves open is closed by the end of its process.
 QUIET = ("-W", "error", "-W", "ignore::ResourceWarning")
+WRONG_WORDS = [(), ("walk",), ("ps", "here"), ("rm",), ("serve", "here"), ("serve", "--nope"), ("serve", "--port")]
 ROUTE_VARIABLES = {"<run_id>": "<id>", "<path:path>": "<path>"}
 
 
@@ -208,7 +209,7 @@ def test_a_bad_value_is_one_line_and_code_2(command: Command, option: str, value
         assert source in done.line()
 
 
-@pytest.mark.parametrize("arguments", [(), ("walk",), ("ps", "here"), ("rm",), ("serve", "here"), ("serve", "--nope"), ("serve", "--port")])
+@pytest.mark.parametrize("arguments", WRONG_WORDS)
 def test_an_unknown_word_is_one_line_and_code_2(command: Command, arguments: tuple[str, ...]) -> None:
     done = command(*arguments)
     assert done.code == 2

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,54 @@ def test_commands_follow_each_other_in_a_run(daemon: DaemonFactory, tmp_path: Pa
     (run,) = started.request("GET", "/runs").json()
     assert started.wait(run["id"])["reason"] == "cancelled"
     assert eventually(lambda: not started.containers())
+
+
+# ---------------------------------------------------------------- The client
+
+
+def _at_a_shell(mark: str, started: Daemon, built: Path, folder: Path, home: Path) -> str:
+    """What a block that calls `lightrun` writes, with standard error where the two meet on a terminal."""
+    (block,) = _blocks(mark)
+    assert started.socket
+    variables = f"export HOME={home} LIGHT_RUN_URL=unix://{started.socket}; exec 2>&1\n"
+    return _shell(f'{variables}lightrun() {{ {sys.executable} {built} "$@"; }}\n{block}', folder)
+
+
+def test_the_client_works_as_it_says(daemon: DaemonFactory, built: Path, tmp_path: Path) -> None:
+    out = _at_a_shell("run shell", daemon(socket=True), built, tmp_path, tmp_path)
+    told = _block("text", "exit code 124")
+    *lines, row = out.strip().splitlines()
+    *told_lines, told_row = told.strip().splitlines()
+    assert lines == told_lines
+    for each in (row, told_row):
+        assert [each.split()[index] for index in (1, 2, 3, 6)] == ["lightrun/busybox", "succeeded", "0", "who=me"]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_ci_job_works_as_it_says(daemon: DaemonFactory, built: Path, tmp_path: Path, code: int) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/tests.sh").write_text(f"echo '<testsuite/>'; exit {code}")
+    (block,) = _blocks("run ci")
+    started = daemon(socket=True)
+    env = {"HOME": str(tmp_path), "LIGHT_RUN_URL": f"unix://{started.socket}", "PATH": os.environ["PATH"], "CI": "true"}
+    script = f'lightrun() {{ {sys.executable} {built} "$@"; }}\n{block}'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path / "work", env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert re.fullmatch(rf"lightrun: run .*, exit code {code}, .*MiB of memory\n", done.stderr)
+    kept = {path.name: path.read_text() for path in (tmp_path / "work/artifacts").iterdir()}
+    assert kept == {"junit.xml": "<testsuite/>\n", "coverage": "87%\n"}
+
+
+def test_the_library_works_as_it_says(daemon: DaemonFactory, built: Path, tmp_path: Path) -> None:
+    (program,) = re.findall(r"<!-- run python -->\n```python\n(.*?)```\n", README, re.DOTALL)
+    (tmp_path / "lightrun.pyz").symlink_to(built)
+    env = {"HOME": str(tmp_path), "LIGHT_RUN_URL": f"unix://{daemon(socket=True).socket}"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == _block("text", "as it comes\\n")
+
+
+# ---------------------------------------------------------------- A class
 
 
 PROGRAMS = {  # and what the grader sees: reason, exit code, whether the output is right

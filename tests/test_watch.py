@@ -1091,7 +1091,8 @@ def test_events_so_far(lightrun_tcp: Daemon) -> None:
 def test_where_bytes_stand_survives_a_kill_or_is_not_told(daemon: DaemonFactory) -> None:
     """The engine's copy of a log, from which an adopted run is read, is whole only while it is small."""
     lightrun = daemon("--log-limit", "64k")
-    short = lightrun.detach(entrypoint="yes $(printf %0999d 7) | head -c 100000; echo ready >&2; sleep 3; echo end", network="none")
+    lines = "yes $(printf %0999d 7) | head -c 100000; echo ready >&2; sleep 3; echo end"
+    short = lightrun.detach(entrypoint=lines, network="none")
     flood = "i=0; while [ $i -lt 40 ]; do yes | head -c 65536; i=$((i+1)); done; echo ready >&2; sleep 3; echo end"
     long = lightrun.detach(entrypoint=flood, network="none")
     for run in (short, long):
