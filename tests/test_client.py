@@ -14,6 +14,7 @@ import random
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -40,6 +41,7 @@ OFFLINE = ("--network", "none")
 IMPORT_SECONDS = 0.25
 HEAVY = {"bottle", "waitress", "docker", "requests"}
 LONG = "echo ready; sleep 60"
+TICKS = "while :; do echo y; sleep 0.1; done"
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,7 @@ def test_a_pipe_that_does_not_block_is_waited_for(start: Start) -> None:
     """As some shells leave it: every byte comes all the same."""
     near, far = os.pipe()
     os.set_blocking(far, False)
-    process = start("run", *OFFLINE, IMAGE, "--shell", "yes | head -c 3000000", stdout=far)
+    process = start("run", *OFFLINE, IMAGE, "--", "head", "-c", "3000000", "/dev/zero", stdout=far)
     os.close(far)
     time.sleep(1)  # it is full by then
     with os.fdopen(near, "rb") as out:
@@ -550,7 +552,7 @@ def test_a_signal_while_stdin_is_read_starts_nothing(start: Start, shared: Daemo
 
 
 def test_a_reader_that_leaves_ends_the_run(start: Start, shared: Daemon) -> None:
-    process = start("run", *OFFLINE, "--label", "test=head", IMAGE, "--", "yes")
+    process = start("run", *OFFLINE, "--label", "test=head", IMAGE, "--shell", TICKS)
     assert process.stdout
     assert os.read(process.stdout.fileno(), 2) == b"y\n"
     process.stdout.close()
@@ -562,17 +564,18 @@ def test_a_reader_that_leaves_ends_the_run(start: Start, shared: Daemon) -> None
 
 def test_a_full_disk_ends_the_run(start: Start, shared: Daemon) -> None:
     with Path("/dev/full").open("wb") as full:
-        process = start("run", *OFFLINE, "--label", "test=full", IMAGE, "--", "yes", stdout=full)
+        process = start("run", *OFFLINE, "--label", "test=full", IMAGE, "--shell", TICKS, stdout=full)
         _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (125, b"lightrun: [Errno 28] No space left on device\n")
     assert shared.wait(only_run(shared, "test=full")["id"])["reason"] == "cancelled"
 
 
 class Breaker:
-    """A TCP port before a daemon that breaks connections after so many bytes of answers, again and again."""
+    """A TCP port before a daemon that breaks connections after so many bytes of answers, again and again. With TLS, if there is
+    a context; what paths begin with is taken away."""
 
-    def __init__(self, daemon: Daemon, every: int) -> None:
-        self._daemon, self.every, self.broken = daemon, every, 0
+    def __init__(self, daemon: Daemon, every: int, tls: ssl.SSLContext | None = None, prefix: bytes = b"") -> None:
+        self._daemon, self.every, self.broken, self._tls, self._prefix = daemon, every, 0, tls, prefix
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -588,7 +591,11 @@ class Breaker:
                 threading.Thread(target=self._serve, args=(near,), daemon=True).start()
 
     def _serve(self, near: socket.socket) -> None:
-        with near, self._daemon.connect() as far, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            self._between(self._tls.wrap_socket(near, server_side=True) if self._tls else near)
+
+    def _between(self, near: socket.socket) -> None:
+        with near, self._daemon.connect() as far:
             threading.Thread(target=self._pass_on, args=(near, far), daemon=True).start()
             left = self.every
             while left > 0 and (data := far.recv(min(left, 65536))):
@@ -598,11 +605,10 @@ class Breaker:
                 self.broken += 1
             near.shutdown(socket.SHUT_RDWR)
 
-    @staticmethod
-    def _pass_on(near: socket.socket, far: socket.socket) -> None:
+    def _pass_on(self, near: socket.socket, far: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := near.recv(65536):
-                far.sendall(data)
+                far.sendall(data.replace(b" " + self._prefix, b" ", 1) if self._prefix else data)
 
 
 @pytest.mark.parametrize(("every", "size"), [(30_001, 60_000), (300_001, 900_000)])
@@ -615,6 +621,21 @@ def test_connections_that_break_lose_nothing(command: Command, shared: Daemon, e
     assert (done.code, done.err) == (3, "err\n")
     assert breaker.broken > 2
     assert done.out[size:] == f"x{hashlib.sha256(done.out[:size]).hexdigest()}  -\n".encode()
+
+
+def test_a_url_may_be_https_and_have_a_path(command: Command, shared_tcp: Daemon, tmp_path: Path) -> None:
+    """A proxy with TLS, which passes on what lies below /runs-here."""
+    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -keyout key -out cert"
+    subprocess.run([*line.split(), "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    with contextlib.closing(Breaker(shared_tcp, MIB, context, b"/runs-here")) as proxy:
+        url = proxy.url.replace("http://127.0.0.1", "https://localhost") + "/runs-here/"
+        variables = {"LIGHT_RUN_URL": url, "LIGHT_RUN_TOKEN": "sesame"}
+        trusted = {**variables, "SSL_CERT_FILE": str(tmp_path / "cert")}
+        assert command("run", *OFFLINE, IMAGE, "--", "echo", "hi", variables=trusted).out == b"hi\n"
+        done = command("run", *OFFLINE, IMAGE, "--", "echo", "hi", variables=variables)
+    assert (done.code, done.out, "certificate verify failed" in done.err) == (125, b"", True)
 
 
 @pytest.mark.long
@@ -762,7 +783,7 @@ def test_logs_follow_a_run(start: Start, shared: Daemon) -> None:
 
 
 def test_logs_that_are_not_whole_say_so(command: Command, shared: Daemon) -> None:
-    run = shared.run(entrypoint="yes | head -c 3000000")["id"]
+    run = shared.run(entrypoint="head -c 3000000 /dev/zero")["id"]
     done = command("logs", run)
     assert (done.code, len(done.out), done.err) == (0, MIB, "lightrun: not all of the output is kept\n")
 
