@@ -36,9 +36,12 @@ if sys.argv[1:] == ["--version"]:  # a zip keeps no compiled module, and compili
     print("lightrun @VERSION@")
     sys.exit(0)
 
-from lightrun import main
+try:
+    from lightrun import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # before anything was begun
+    sys.exit(130)
 """
 # What `import lightrun` finds first in the zip: zipimport compiles a module twice (once to learn its name), and keeps nothing.
 LOADER = b"""import importlib.util
@@ -46,6 +49,7 @@ import linecache
 import marshal
 import os
 import sys
+import types
 
 _SOURCE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "lightrun.py")
 _NAME = "lightrun.pyz/lightrun.py"  # in tracebacks
@@ -59,34 +63,41 @@ def _compiled():
     return compile(_source(), _NAME, "exec", dont_inherit=True)
 
 
+def _ours(about):
+    return about.st_uid == os.geteuid() and not about.st_mode & 0o022
+
+
 def _code():
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "lightrun")
-    ending = "." + sys.implementation.cache_tag + ".pyc"
-    path = os.path.join(folder, "@DIGEST@" + ending)
-    if not os.path.isabs(folder):
+    cache = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("HOME") and os.path.expanduser("~/.cache")) or ""
+    ending = f".{sys.implementation.cache_tag}.opt{sys.flags.optimize}.pyc"
+    if not os.path.isabs(cache):
         return _compiled()
+    path = os.path.join(cache, "lightrun", "@DIGEST@" + ending)
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            about = os.fstat(file.fileno())
-            magic, size, code = file.read(4), int.from_bytes(file.read(8), "big"), file.read()
-            if about.st_uid == os.geteuid() and not about.st_mode & 0o022 and magic == importlib.util.MAGIC_NUMBER:
-                if len(code) == size:
-                    return marshal.loads(code)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            if _ours(os.fstat(file.fileno())) and file.read(4) == importlib.util.MAGIC_NUMBER:
+                size, data = int.from_bytes(file.read(8), "big"), file.read()
+                code = marshal.loads(data) if len(data) == size else None
+                if isinstance(code, types.CodeType):
+                    return code
     except (OSError, ValueError, EOFError, TypeError):
         pass
     code = _compiled()
     if not sys.dont_write_bytecode:
-        _keep(code, folder, path, ending)
+        _keep(code, cache, path, ending)
     return code
 
 
-def _keep(code, folder, path, ending):
-    data = marshal.dumps(code)
+def _keep(code, cache, path, ending):
+    data, folder = marshal.dumps(code), os.path.dirname(path)
     temporary = path + "." + str(os.getpid())
     try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        about = os.lstat(folder)
-        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        for parent, made in ((os.path.dirname(cache), cache), (cache, folder)):
+            if not _ours(os.stat(parent)):
+                return  # somebody else's home
+            if not os.path.lexists(made):
+                os.mkdir(made, 0o700)
+        if not _ours(os.lstat(folder)):
             return
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
             file.write(importlib.util.MAGIC_NUMBER + len(data).to_bytes(8, "big") + data)

@@ -28,6 +28,9 @@ a place, plus one while stdin is fed and one for each image being pulled; one fo
 stdin is fed; the listener to the engine's events, if there are pools; the keeper, which watches an absent engine and
 sweeps what could not be removed; the maker of warm containers; deliveries of callbacks; the writer of the log. Each lock
 stands where it is made, beside the names of what it guards.
+
+The other end is here as well: Client, which needs nothing of the above but the table of requests, and the commands beside
+`serve` (Commands), which are written with it.
 """
 
 from __future__ import annotations
@@ -139,7 +142,9 @@ HEALTH_SECONDS = 2  # the same for /health, and for a connection
 HURRY_SECONDS = 1.5  # the same once the run is to be gone; longer after each time that it was not enough
 MAX_ANSWER_BYTES = 64 * MIB  # of an engine's answer that is read as a whole: 10,000 containers are 20 MB
 CONNECT_SECONDS = 10  # to a daemon
-SILENCE_SECONDS = 3 * PING_SECONDS  # of a daemon that has something to tell
+SILENCE_SECONDS = 75  # of a daemon that has something to tell; more than it waits itself for its engine
+MAX_STDIN_BYTES = 64 * MIB  # that a client sends: all of it is there before the start
+MAX_PACKED_BYTES = 4 * GIB  # of a local folder
 PATIENCE_SECONDS = 75  # of a client with a daemon that was there once
 RETRY_SECONDS = 2  # pause before an absent engine or a full disk is tried again
 MAX_TRIES = 10  # of a step that breaks while the engine answers; the pauses between them are 16 s in all
@@ -471,6 +476,7 @@ _NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _LABEL = r"^[A-Za-z0-9._/-]{1,63}$"
 _ARTIFACT = r"^[a-z0-9_-]{36,100}/(?:(?!\.{1,2}(?:/|$))[^/\u0000]+/)*(?:(?!\.{1,2}$)[^/\u0000]+)?$"
+RUN_ID = re.compile(r"(?:[a-z0-9-]{1,63}_)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _BASE64 = r"^[A-Za-z0-9+/]*={0,2}$"
 _SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
 _HOST = r"(?:(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]))*"
@@ -1640,7 +1646,7 @@ class Store:
             if path.name not in needed:
                 self._drop_secret(path.name)
         for path in artifacts_root.iterdir():
-            if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(\.partial)?", path.name) and path.name not in known:
+            if RUN_ID.fullmatch(path.name.removesuffix(".partial")) and path.name not in known:
                 remove_tree(path)
 
     def find_key(self, key: str) -> tuple[str, str] | None:
@@ -7482,7 +7488,11 @@ ANSWERS = {
         "reason durationMs logsTruncated", reason={"enum": EXEC_REASONS}, exitCode={"type": "integer"}, oomKilled=_TRUE,
         error=_TEXT, durationMs=_COUNT, logsTruncated={"type": "boolean"}, logs=_list(_TEXT), stdout=_TEXT, stderr=_TEXT,
     ),
-    "Event": _object("event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished"]}),
+    "Event": _object(
+        "event", event={"enum": ["accepted", "pulling", "started", "log", "gap", "ping", "finished", "running"]}, id=_TEXT,
+        stream={"enum": list(STREAMS.values())}, line=_TEXT, partial=_TRUE, at=_COUNT, base64=_TEXT,
+        run={"$ref": REFERENCE + "Run"}, exec={"$ref": REFERENCE + "Exec"},
+    ),
     "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS, usage=_TRUE),
     "Error": _object(
         "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
@@ -7791,9 +7801,15 @@ class Api:
         if job and follow and short and job.log.truncated and not (lacks or job.log.full):
             yield {"event": "gap"}  # at the end, where no follower could be cut off
         if follow or job is None:
-            state = self._state(call, run_id, job)
-            told = ("logs", *STREAMS.values()) if "encoding" in call.query else ()
-            yield {"event": "finished", "run": {name: value for name, value in state.items() if name not in told}}
+            yield {"event": "finished", "run": self._untold(call, self._state(call, run_id, job))}
+        else:
+            yield {"event": "running"}
+
+    @staticmethod
+    def _untold(call: Call, state: dict[str, Any]) -> dict[str, Any]:
+        """A state at the end of events, without the output if that was told in bytes."""
+        told = ("logs", *STREAMS.values()) if "encoding" in call.query else ()
+        return {name: value for name, value in state.items() if name not in told}
 
     def exec(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/exec"""
@@ -7824,16 +7840,15 @@ class Api:
                 raise Gone
             return json_answer(command.state())
 
-    @staticmethod
     def _exec_events(
-        call: Call, command: Exec, followed: Iterator[bytes | None], at: Mapping[int, int]
+        self, call: Call, command: Exec, followed: Iterator[bytes | None], at: Mapping[int, int]
     ) -> Iterator[dict[str, Any]]:
         if command.began < math.inf:
             yield {"event": "started"}
         yield from _log_events(followed, at, call.query)
         if command.doubt:
             yield {"event": "gap"}
-        yield {"event": "finished", "exec": command.state()}
+        yield {"event": "finished", "exec": self._untold(call, command.state())}
 
     def _raw(self, call: Call, command: Exec, followed: Iterator[bytes | None], place: contextlib.ExitStack) -> Answer:
         """Its stdout as bytes. What ended it stands in the head if it is over soon, and in any case behind a body that is sent as
@@ -8640,6 +8655,13 @@ class ConnectionLost(Unreachable):
     """A connection broke that may be had again."""
 
 
+class NotLightrun(LightrunError):
+    """What answers says what no daemon of lightrun would."""
+
+    def __init__(self, what: object = "") -> None:
+        super().__init__("what answers there is not lightrun" + (f": {printable(str(what))}" if what else ""))
+
+
 class NotWritten(LightrunError):
     """Artifacts that were not written: something is in the way, or they are not what a run may hand out."""
 
@@ -8659,10 +8681,11 @@ class _Patience:
         if not isinstance(error, ConnectionLost) and error.status not in {502, 503, 504}:
             raise error
         self._deadline = self._deadline or time.monotonic() + PATIENCE_SECONDS
-        self._pause = max(min(2 * self._pause + 0.05, RETRY_SECONDS), getattr(error, "retry_after", 0))
-        if time.monotonic() + self._pause > self._deadline:
+        self._pause = min(2 * self._pause + 0.05, RETRY_SECONDS)
+        pause = max(self._pause * random.uniform(0.5, 1), getattr(error, "retry_after", 0))
+        if time.monotonic() + pause > self._deadline:
             raise error
-        time.sleep(self._pause * random.uniform(0.5, 1))
+        time.sleep(pause)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -8690,7 +8713,7 @@ def _connector(url: str) -> tuple[Callable[[], http.client.HTTPConnection], str]
         raise wrong
     parts = urllib.parse.urlsplit(url)
     kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
-    return functools.partial(kind, str(parts.hostname), parts.port, **options), parts.path.rstrip("/")
+    return functools.partial(kind, str(parts.hostname), parts.port or kind.default_port, **options), parts.path.rstrip("/")
 
 
 def _heard(read: Callable[[], bytes]) -> bytes:
@@ -8718,7 +8741,7 @@ class Client:
         if token and not (token.isascii() and token.isprintable()):
             raise UsageError("the token must be printable ASCII")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._met = False  # whether the daemon was there
+        self._met = self._spoke = False  # whether somebody was there, and has answered in HTTP
 
     # -- one request
 
@@ -8730,9 +8753,9 @@ class Client:
         with contextlib.closing(self._connect()) as connection:
             try:
                 connection.connect()
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # a name that DNS cannot have
                 kind = ConnectionLost if self._met else Unreachable
-                raise kind(f"no daemon answers at {self.url}: {error.strerror or error}") from error
+                raise kind(f"no daemon answers at {self.url}: {getattr(error, 'strerror', None) or error}") from error
             self._met = True
             connection.sock.settimeout(SILENCE_SECONDS)
             length = {} if body is None or isinstance(body, bytes) else {"Content-Length": str(body.seek(0, os.SEEK_END))}
@@ -8743,7 +8766,10 @@ class Client:
                     connection.request(method, self._prefix + path, body, {**self._headers, **length, **(headers or {})})
                 answer = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
+                if not (self._spoke or isinstance(error, OSError) or str(getattr(error, "line", "HTTP/")).startswith("HTTP/")):
+                    raise NotLightrun(error) from error
                 raise ConnectionLost(f"the connection to the daemon broke: {error or type(error).__name__}") from error
+            self._spoke = True
             with answer:
                 if answer.status >= 300:
                     raise self._refusal(answer)
@@ -8776,71 +8802,122 @@ class Client:
                 text = _heard(answer.read)
             try:
                 return json.loads(text) if text else None
-            except ValueError as error:
-                raise Unreachable(f"what answers at {self.url} is not lightrun") from error
+            except (ValueError, RecursionError) as error:
+                raise NotLightrun from error
 
         return self._persist(step)
 
+    def _order(self, method: str, path: str, body: bytes | None = None) -> None:
+        """Have something done that cannot be done twice: once it was asked for, that it is done already is as good."""
+        lost = False
+
+        def step() -> None:
+            nonlocal lost
+            try:
+                with self._ask(method, path, body, {"Content-Type": JSON} if body else None):
+                    pass
+            except ConnectionLost:
+                lost = True
+                raise
+            except ApiError as error:
+                if not lost or error.status not in {404, 409}:
+                    raise
+
+        self._persist(step)
+
     def _events(self, method: str, path: str, body: bytes | None = None) -> Iterator[dict[str, Any]]:
-        """The events of an answer as they come, once. Raises ConnectionLost when they end before the last."""
+        """The events of an answer as they come, once. The last one is `finished` or `running`. Raises ConnectionLost."""
         headers = {"Accept": EVENTS, **({"Content-Type": JSON} if body else {})}
         with self._ask(method, path, body, headers) as answer:
             while line := _heard(answer.readline):
                 try:
-                    yield json.loads(line)
+                    event = json.loads(line)
+                    last = event["event"] in {"finished", "running"}
                 except ValueError as error:
                     raise ConnectionLost("the connection to the daemon broke within an event") from error
+                except (LookupError, TypeError, RecursionError) as error:
+                    raise NotLightrun from error
+                yield event
+                if last:
+                    return
+        raise ConnectionLost("the connection to the daemon broke")
 
     # -- runs
 
-    def start(
+    @contextlib.contextmanager
+    def prepared(
         self, image: str, *, folder: str | os.PathLike[str] | None = None,
         files: Mapping[str, str | bytes | os.PathLike[str] | dict[str, str]] | None = None,
         stdin: str | bytes | dict[str, str] | None = None, key: str | None = None, **fields: Any,
-    ) -> RemoteRun:  # fmt: skip
-        """Start a run that does not need its client.
-
-        `folder` is put into the workdir, without what its .dockerignore names, and without .git; `files` maps paths in the
-        workdir to text, bytes, local files or what the API takes; `stdin` is text, bytes or what the API takes. `key` is the
-        Idempotency-Key, by default a new one. Raises ApiError, Unreachable, OSError for what cannot be read."""
+    ) -> Iterator[Callable[[], RemoteRun]]:  # fmt: skip
+        """All that `start` does but the request, which the function makes that comes back."""
         local = {path: content for path, content in (files or {}).items() if isinstance(content, os.PathLike)}
         plain = {path: _transferable(content) for path, content in (files or {}).items() if path not in local}
         request = {"image": image, **fields, **({"files": plain} if plain else {}), "detached": True}
         if stdin is not None:
             request["stdin"] = _transferable(stdin)
-        content, headers = to_json(request), {"Content_Type": JSON, "Idempotency_Key": key or str(uuid.uuid4())}
+        headers = {"Content_Type": JSON, "Idempotency_Key": str(uuid.uuid4()) if key is None else key}
+        if not re.fullmatch("[ -~]{1,200}", headers["Idempotency_Key"]):
+            raise UsageError("key: must be 1 to 200 printable ASCII characters")
+        body: bytes | IO[bytes] = _packed_json(request)
         with contextlib.ExitStack() as opened:
-            body: bytes | IO[bytes] = content
             if folder is not None or local:
-                body, boundary = opened.enter_context(tempfile.TemporaryFile()), uuid.uuid4().hex
-                _write_form(body, boundary, content, None if folder is None else Path(folder), local)
-                headers["Content_Type"] = f"{FORM}; boundary={boundary}"
-            return RemoteRun(self, self._json("POST", "/run", body, **headers)["id"])
+                form, boundary = opened.enter_context(tempfile.TemporaryFile()), uuid.uuid4().hex
+                _write_form(form, boundary, _packed_json(request), None if folder is None else Path(folder), local)
+                body, headers["Content_Type"] = form, f"{FORM}; boundary={boundary}"
+
+            def send() -> RemoteRun:
+                answer = self._json("POST", "/run", body, **headers)
+                if not isinstance(answer, dict) or not RUN_ID.fullmatch(str(answer.get("id"))):
+                    raise NotLightrun
+                return RemoteRun(self, answer["id"])
+
+            yield send
+
+    def start(self, image: str, **options: Any) -> RemoteRun:
+        """Start a run that does not need its client. Options, beside the fields of a request:
+
+        `folder` is put into the workdir, without what its .dockerignore names, and without .git; `files` maps paths in the
+        workdir to text, bytes, local files (`pathlib.Path`) or what the API takes; `stdin` is text, bytes or what the API takes;
+        `key` is the Idempotency-Key, by default a new one. Raises ApiError, Unreachable, UsageError for what cannot be sent,
+        OSError for what cannot be read."""
+        with self.prepared(image, **options) as send:
+            return send()
 
     def run(self, image: str, *, on_output: Callable[[str, bytes], None] | None = None, **options: Any) -> Outcome:
         """Run a container to its end. `options` are those of `start`. `on_output` gets the pieces of stdout and stderr as they
-        come; without it they are collected. Raises what `start` does."""
-        return self.start(image, **options).wait(on_output)
+        come; without it they are collected. When it fails, or Ctrl-C ends the waiting, the run is cancelled. Raises what
+        `start` does."""
+        run = self.start(image, **options)
+        try:
+            return run.wait(on_output)
+        except LightrunError:
+            raise
+        except BaseException:
+            with contextlib.suppress(LightrunError):
+                run.cancel()
+            raise
 
     def exec(
         self, run_id: str, entrypoint: str | Sequence[str], *, stdin: str | bytes | dict[str, str] | None = None,
         on_output: Callable[[str, bytes], None] | None = None, **fields: Any,
     ) -> Outcome:  # fmt: skip
-        """Run a second command in a run that goes on. It ends when its client does: Raises ConnectionLost when that is so."""
+        """Run a second command in a run that goes on. It ends when its client does: raises ConnectionLost when that is so."""
         request = {"entrypoint": entrypoint, **fields, **({} if stdin is None else {"stdin": _transferable(stdin)})}
         output, received = _Output(on_output), Received()
-        for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", to_json(request)):
-            if event["event"] == "finished":
-                return output.outcome(event["exec"], received.complete)
+        received.connected()
+        for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", _packed_json(request)):
             if event["event"] == "gap":
                 received.complete = False
-            if event["event"] != "log" or received.take(event):
+            elif event["event"] == "finished":
+                state = _sound(event.get("exec"))
+            elif event["event"] != "log" or received.take(event):
                 output.take(event)
-        raise ConnectionLost("the connection broke, and with it went the command")
+        return output.outcome(state, received.complete)
 
     def get(self, run_id: str) -> RemoteRun:
         """A run by its id, or by a beginning that is its own."""
-        if not re.fullmatch(r"([a-z0-9][a-z0-9-]*_)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", run_id):
+        if not RUN_ID.fullmatch(run_id):
             found = [state["id"] for state in self.runs(id=run_id, limit=2)] if re.fullmatch("[a-z0-9_-]{1,100}", run_id) else []
             if len(found) != 1:
                 many = "more than one run begins with" if found else "there is no run"
@@ -8864,16 +8941,36 @@ class Received:
     def __init__(self) -> None:
         self.taken = dict.fromkeys(STREAMS.values(), 0)
         self.complete = True
+        self._untouched: set[str] = set()
+
+    def connected(self) -> None:
+        """What comes now comes over a new connection."""
+        self._untouched = {stream for stream, taken in self.taken.items() if not taken}
 
     def take(self, event: dict[str, Any]) -> bool:
-        """Add to a log event what of its bytes is new, as `data`; whether that is anything."""
-        stream, data = event["stream"], base64.b64decode(event["base64"])
-        taken = self.taken[stream]
-        at = event.get("at", taken)
+        """Add to a log event what of its bytes is new, as `data`; whether that is anything. Bytes of which the daemon cannot tell
+        where they stand are new only where there were none before. Raises NotLightrun."""
+        try:
+            stream, data = event["stream"], base64.b64decode(event["base64"], validate=True)
+            taken = self.taken[stream]
+            at = event.get("at", taken)
+            if not isinstance(at, int) or at < 0:
+                raise ValueError("at")
+        except (LookupError, TypeError, ValueError) as error:
+            raise NotLightrun from error
         self.complete = self.complete and "at" in event and at <= taken
+        if "at" not in event and stream not in self._untouched:
+            return False
         self.taken[stream] = max(taken, at + len(data))
         event["data"] = data[max(0, taken - at) :]
         return bool(event["data"])
+
+
+def _sound(state: Any) -> dict[str, Any]:
+    """How a run or a command ended, if that is told at all. Raises NotLightrun."""
+    if not isinstance(state, dict) or not isinstance(state.get("reason"), str) or state.get("exitCode", 0) not in range(256):
+        raise NotLightrun
+    return state
 
 
 class RemoteRun:
@@ -8887,25 +8984,24 @@ class RemoteRun:
 
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
         """The run's events, from where the last call left off; `log` has `stream` and `data`, its bytes. A connection that breaks
-        is had again: no byte is missing and none comes twice, or `received.complete` is false."""
+        is had again: no byte comes twice, and when one is missing `received.complete` is false."""
         patience = _Patience()
         while True:
             query = urllib.parse.urlencode({"encoding": "base64", "follow": str(follow).lower(), **self.received.taken})
-            began, heard = time.monotonic(), 0
+            began = time.monotonic()
+            self.received.connected()
             try:
-                for heard, event in enumerate(self._client._events("GET", f"{self._path}/events?{query}")):
+                for index, event in enumerate(self._client._events("GET", f"{self._path}/events?{query}")):
                     kind = event["event"]
                     if kind == "finished":
-                        self._final = event["run"]
-                    if kind == "gap" and heard > 1:  # before, it only says that the beginning is not kept
+                        self._final = event["run"] = _sound(event.get("run"))
+                    if kind == "gap" and index > 1:  # before, it only says that the beginning is not kept
                         self.received.complete = False
                     if kind != "log" or self.received.take(event):
                         yield event
                     if kind == "log" or time.monotonic() - began > CONNECT_SECONDS:
                         patience.reset()
-                if self._final or not follow:
-                    return
-                raise ConnectionLost("the connection to the daemon broke")
+                return
             except (ConnectionLost, ApiError) as error:
                 patience.bear(error)
 
@@ -8924,25 +9020,25 @@ class RemoteRun:
 
     def ended(self) -> dict[str, Any]:
         """Its state when it has ended."""
-        while (state := self.state(wait=SILENCE_SECONDS * 1000 // 2))["status"] == "running":
+        while (state := self.state(wait=30_000))["status"] == "running":
             pass
         return state
 
     def cancel(self) -> None:
         """Kill it."""
-        self._client._json("POST", f"{self._path}/cancel")
+        self._client._order("POST", f"{self._path}/cancel")
 
     def stop(self, **fields: Any) -> None:
         """Signal it, and kill it when it does not end: `signal`, `grace` (ms)."""
-        self._client._json("POST", f"{self._path}/stop", to_json(fields), Content_Type=JSON)
+        self._client._order("POST", f"{self._path}/stop", to_json(fields))
 
     def delete(self) -> None:
         """Have it and its artifacts forgotten."""
-        self._client._json("DELETE", self._path)
+        self._client._order("DELETE", self._path)
 
     def read(self, path: str) -> bytes:
         """The bytes of a file that it kept."""
-        with self._tar(path) as file, tarfile.open(fileobj=file) as tar:
+        with self._tar(path) as file, _opened_tar(file) as tar:
             member = tar.next()
             content = tar.extractfile(member) if member else None
             if content is None:
@@ -8962,10 +9058,14 @@ class RemoteRun:
             def step() -> None:
                 file.seek(0)
                 file.truncate()
-                where = f"{self._path}/artifacts" + (f"/{urllib.parse.quote(path)}" if path else "")
+                where = f"{self._path}/artifacts" + (f"/{urllib.parse.quote(os.fsencode(path))}" if path else "")
+                end = b""
                 with self._client._ask("GET", where, headers={"Accept": TAR}) as answer:
                     while piece := _heard(lambda: answer.read(COPY_BYTES)):
                         file.write(piece)
+                        end = (end + piece)[-len(TAR_END) :]
+                if end != TAR_END:  # whatever the way said: HTTP has more than one that does not tell
+                    raise ConnectionLost("the connection to the daemon broke within the artifacts")
 
             self._client._persist(step)
             file.seek(0)
@@ -9021,6 +9121,17 @@ class _Output:
         return Outcome(state, bytes(self._kept["stdout"]), bytes(self._kept["stderr"]), complete, run)
 
 
+def _packed_json(request: dict[str, Any]) -> bytes:
+    """The body of a request. Raises UsageError for what JSON cannot carry."""
+    try:
+        return json.dumps(request, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        near = printable(error.object[max(0, error.start - 20) : error.end + 20])
+        raise UsageError(f"names, arguments and variables must be UTF-8, and this is not: {near}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the request cannot be written as JSON: {error}") from error
+
+
 def _transferable(content: Any) -> Any:
     """What JSON can carry of a content."""
     return {"base64": base64.b64encode(content).decode()} if isinstance(content, (bytes, bytearray, memoryview)) else content
@@ -9043,44 +9154,51 @@ def _write_form(
 
 def pack(out: IO[bytes], folder: Path | None, files: Mapping[str, os.PathLike[str]]) -> None:
     """Write a tar of a folder, without what its .dockerignore names and without .git (`!.git` there keeps it), and of single
-    files under other names. Raises OSError, UsageError for a name that stands twice or what is neither file, folder nor link."""
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, bufsize=COPY_BYTES) as tar:
-        for path, name in _walk(folder, files):
-            info = tar.gettarinfo(path, name)
-            if info is None:
-                raise UsageError(f"{printable(str(path))} is a socket, which cannot be sent")
-            if not (info.isfile() or info.isdir() or info.issym() or info.islnk()):
-                raise UsageError(f"{printable(str(path))} is neither a file, a folder nor a link")
-            info.uid = info.gid = 0
-            info.uname = info.gname = ""
-            info.mode, info.mtime = info.mode & 0o777, int(info.mtime)
-            if not info.isreg():
-                tar.addfile(info)
-                continue
-            with path.open("rb") as file:
-                tar.addfile(info, file)
-
-
-def _walk(folder: Path | None, files: Mapping[str, os.PathLike[str]]) -> Iterator[tuple[Path, str]]:
-    if folder is not None:
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-        ignored = DockerIgnore(folder)
-        for path, name in _below(folder, "", ignored):
+    files under other names. Raises OSError, UsageError for what is neither file, folder nor link, and for bad names."""
+    # GNU's format has names as they are, in whatever encoding
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, bufsize=COPY_BYTES) as tar:
+        for path, name in _below(folder) if folder is not None else ():
             if name not in files:
-                yield path, name
-    for name, local in files.items():
-        yield Path(os.path.realpath(local)), name
+                _pack_one(tar, path, name, tar.gettarinfo(path, name))
+        for name, local in files.items():
+            path = Path(local)
+            if not _regex(_SEGMENTS).search(name):
+                raise UsageError(f"{printable(name)}: the path in the workdir must be relative, without .., as in PATH=LOCAL")
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise UsageError(f"{printable(str(path))} is not a file")
+            with path.open("rb") as file:
+                info = tar.gettarinfo(arcname=name, fileobj=file)
+            info.type = tarfile.REGTYPE  # a second name of one that is there already would be a link
+            _pack_one(tar, path, name, info)
 
 
-def _below(folder: Path, prefix: str, ignored: DockerIgnore) -> Iterator[tuple[Path, str]]:
-    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-        name, is_folder = prefix + entry.name, entry.is_dir(follow_symlinks=False)
-        left_out = ignored.matches(name)
-        if not left_out:
-            yield Path(entry.path), name
-        if is_folder and not (left_out and ignored.simple):
-            yield from _below(Path(entry.path), name + "/", ignored)
+def _pack_one(tar: tarfile.TarFile, path: Path, name: str, info: tarfile.TarInfo | None) -> None:
+    if info is None or not (info.isfile() or info.isdir() or info.issym() or info.islnk()):
+        raise UsageError(f"{printable(str(path))} is neither a file, a folder nor a link")
+    info.uid = info.gid = 0
+    info.uname = info.gname = ""
+    info.mode, info.mtime = info.mode & 0o777, int(info.mtime)
+    if not info.isreg():
+        tar.addfile(info)
+        return
+    info.size = path.stat().st_size
+    if tar.offset + info.size > MAX_PACKED_BYTES:
+        raise UsageError(f"{printable(name)} would make it more than {MAX_PACKED_BYTES} bytes")
+    with path.open("rb") as file:
+        tar.addfile(info, file)
+
+
+def _below(root: Path) -> Iterator[tuple[Path, str]]:
+    """What is in a folder and not left out, each folder before what is in it."""
+    ignored, folders = DockerIgnore(root), [(root, "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+            name, left_out = prefix + entry.name, ignored.matches(prefix + entry.name)
+            if not left_out:
+                yield Path(entry.path), name
+            if entry.is_dir(follow_symlinks=False) and not (left_out and ignored.simple):
+                folders.append((Path(entry.path), name + "/"))
 
 
 class DockerIgnore:
@@ -9088,9 +9206,9 @@ class DockerIgnore:
     that it is in, decides. Before them stands one for `.git`."""
 
     def __init__(self, folder: Path) -> None:
-        lines = [".git"]
-        with contextlib.suppress(FileNotFoundError):
-            lines += small_file(folder / ".dockerignore").decode("utf-8-sig").splitlines()
+        lines, path = [".git"], folder / ".dockerignore"
+        if path.is_file():
+            lines += os.fsdecode(small_file(path).removeprefix(b"\xef\xbb\xbf")).split("\n")
         self._patterns = [self._compiled(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
         self.simple = all(leaves_out for leaves_out, _ in self._patterns)  # nothing in a folder that is left out comes back
 
@@ -9100,10 +9218,17 @@ class DockerIgnore:
         special = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
         def translated(found: re.Match[str]) -> str:
-            return special.get(found[0]) or (found[0] if len(found[0]) > 2 else re.escape(found[0][-1]))
+            if len(found[0]) < 3 or found[0] == "**/":
+                return special.get(found[0]) or re.escape(found[0][-1])
+            inside = found[0][1:-1].removeprefix("^")
+            inside = re.sub(r"\\?(.)", lambda each: "-" if each[0] == "-" else re.escape(each[1]), inside)
+            return ("[^" if found[0][1] == "^" else "[") + inside + "]"
 
-        text = re.sub(r"\*\*/|\*\*|\*|\?|\[\^?[^]/]+\]|\\.|.", translated, pattern, flags=re.DOTALL)
-        return leaves_out, re.compile(text + r"(?:/.*)?\Z", re.DOTALL)
+        text = re.sub(r"\*\*/|\*\*|\*|\?|\[\^?(?:\\.|[^]\\/])+\]|\\.|.", translated, pattern, flags=re.DOTALL)
+        try:
+            return leaves_out, re.compile(text + r"(?:/.*)?\Z", re.DOTALL)
+        except re.error as error:
+            raise UsageError(f".dockerignore: the pattern {printable(line)} cannot be understood: {error}") from error
 
     def matches(self, name: str) -> bool:
         """Whether this path is left out."""
@@ -9114,11 +9239,17 @@ def unpack(file: IO[bytes], folder: Path, overwrite: bool = False) -> list[str]:
     """Write the files and folders of a tar below a folder, which is made when missing; returns their names. All is judged before
     anything is written: nothing outside of the folder, no links, nothing through a link, nothing over what is there unless
     `overwrite`. Raises NotWritten, OSError."""
-    with tarfile.open(fileobj=file) as tar:
+    with _opened_tar(file) as tar:
         members = [(member, member.name.rstrip("/")) for member in tar]
+        files = {name for member, name in members if not member.isdir()}
         for member, name in members:
-            if not (member.isreg() or member.isdir()) or {"", ".", ".."} & set(name.split("/")):
+            segments = name.split("/")
+            if not (member.isreg() or member.isdir()) or {"", ".", ".."} & set(segments) or "\0" in name:
                 raise NotWritten(f"{printable(name)} is not a file or folder that a run may hand out")
+            if files & set(parent_folders(name)) or (member.isdir() and name in files):
+                raise NotWritten(f"{printable(name)} is a file and a folder")
+        if len({name for _, name in members}) < len(members):
+            raise NotWritten("a name stands twice")
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_Place(folder)) as place:
             for member, name in members:
@@ -9130,6 +9261,16 @@ def unpack(file: IO[bytes], folder: Path, overwrite: bool = False) -> list[str]:
                 else:
                     place.write(name, content, member.mode & 0o111 != 0, overwrite)
     return [name for _, name in members]
+
+
+@contextlib.contextmanager
+def _opened_tar(file: IO[bytes]) -> Iterator[tarfile.TarFile]:
+    """A tar from a daemon. Raises NotWritten for one that cannot be read."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            yield tar
+    except (tarfile.TarError, ValueError, UnicodeError) as error:
+        raise NotWritten("the artifacts came as a tar that cannot be read") from error
 
 
 class _Place:
@@ -9163,6 +9304,8 @@ class _Place:
             try:
                 below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
             except FileNotFoundError:
+                if make:
+                    raise
                 return None
             except OSError as error:
                 if error.errno not in {errno.ELOOP, errno.ENOTDIR}:
@@ -9186,17 +9329,17 @@ class _Place:
                     raise NotWritten(f"{printable(name)} is there already{hint}")
 
     def write(self, name: str, content: IO[bytes], executable: bool, overwrite: bool) -> None:
-        """Write a file; one that is there is replaced as a whole, not written to. Raises OSError."""
+        """Write a file, which is there when it is whole; one that was there is replaced, not written to. Raises OSError."""
         *folders, last = name.split("/")
-        above = self.enter(folders, make=True)
-        temporary = f".lightrun-{uuid.uuid4().hex}" if overwrite else last
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        descriptor = os.open(temporary, flags, 0o777 if executable else 0o666, dir_fd=above)
+        above, temporary, new = self.enter(folders, make=True), f".lightrun-{uuid.uuid4().hex}", os.O_CREAT | os.O_EXCL
+        mode = 0o777 if executable else 0o666
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | new, mode, dir_fd=above)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 shutil.copyfileobj(content, file, COPY_BYTES)
-            if overwrite:
-                os.replace(temporary, last, src_dir_fd=above, dst_dir_fd=above)
+            if not overwrite:
+                os.close(os.open(last, os.O_WRONLY | os.O_NOFOLLOW | new, mode, dir_fd=above))  # there was none
+            os.replace(temporary, last, src_dir_fd=above, dst_dir_fd=above)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=above)
@@ -9208,7 +9351,7 @@ class _Place:
 # --------------------------------------------------------------------------------------------------------------------
 
 TIMED_OUT, OWN_FAILURE, PIPE_CLOSED = 124, 125, 141  # exit codes, as of timeout(1), `docker run` and a shell
-OPTION_NAMES = {"labels": "label", "detached": "detach"}  # where habit has another name than the field
+OPTION_NAMES = {"labels": "label", "detached": "detach", "tar": "dir"}  # where habit has another name than the field
 SHORT_OPTIONS = {"detached": "-d", "env": "-e", "workdir": "-w"}  # as of `docker run`
 SPECIAL_FIELDS = {"image", "files", "entrypoint", "input", "stdin", "splitLogs"}  # these have arguments of their own
 NEVER_EMPTY = {"token", "token_file"}  # an empty variable counts as absent, but must not open the server by mistake
@@ -9279,9 +9422,15 @@ def _extracted(text: str) -> str | dict[str, str]:
 
 def _file(text: str) -> tuple[str, Path]:
     name, sign, local = text.partition("=")
-    if not name:
+    if not name or (sign and not local):
         raise ValueError("must be PATH or PATH=LOCAL")
     return name, Path(local if sign else name)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise ValueError("must be a folder, and is empty")
+    return Path(text)
 
 
 FIELD_ARGUMENTS: dict[str, tuple[Callable[[str], Any], str]] = {  # how to read those that are given again and again
@@ -9344,11 +9493,12 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="image to run")
-    parser.add_argument("--dir", metavar="DIR",
+    parser.add_argument("--dir", metavar="DIR", type=_argument(_folder),
                         help="put a local folder into the workdir, without .git and what its .dockerignore names")  # fmt: skip
     parser.add_argument("--file", metavar="PATH[=LOCAL]", action="append", default=[], type=_argument(_file),
                         help="put a local file there in the workdir. Repeatable.")  # fmt: skip
-    parser.add_argument("--output", metavar="DIR", default=".", help="where what --extract names is written (default: .)")
+    parser.add_argument("--output", metavar="DIR", default=Path(), type=_argument(_folder),
+                        help="where what --extract names is written (default: .)")  # fmt: skip
     _add_output(parser)
     _add_input(parser)
     parser.add_argument("--usage", action="store_true", help="say at the end, on standard error, what the run took and used")
@@ -9361,12 +9511,12 @@ def _add_exec(parser: argparse.ArgumentParser) -> None:
     _add_fields(parser, exec_schema(Settings()))
 
 
-def _add_id(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("id", metavar="ID", help="id of a run, or a beginning that no other has")
+def _add_id(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("id", metavar="ID", nargs=nargs, help="id of a run, or a beginning that no other has")
 
 
 def _add_ids(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("ids", metavar="ID", nargs="+", help="id of a run, or a beginning that no other has")
+    _add_id(parser, "+")
 
 
 def _add_ps(parser: argparse.ArgumentParser) -> None:
@@ -9390,7 +9540,7 @@ def _add_stop(parser: argparse.ArgumentParser) -> None:
 
 def _add_cp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="ID[:PATH]", help="run, and what of its artifacts (default: all)")
-    parser.add_argument("folder", metavar="DIR", help="folder to write it in")
+    parser.add_argument("folder", metavar="DIR", type=_argument(_folder), help="folder to write it in")
     _add_output(parser)
 
 
@@ -9427,7 +9577,7 @@ class Terminal:
     def progress(self, text: str) -> None:
         """Replace the line; with nothing, remove it."""
         if self._shows and (text or self._line):
-            width = max(1, os.get_terminal_size(2).columns - 1)
+            width = (os.get_terminal_size(2).columns or 80) - 1
             _write(2, b"\r\x1b[K" + printable(text)[:width].encode(errors="replace"))
             self._line = bool(text)
 
@@ -9441,100 +9591,148 @@ class Terminal:
             self.progress("")
 
 
-class Interruption:
-    """SIGINT, SIGTERM or SIGHUP: the first one cancels the run, if there is one by then; a second one leaves at once."""
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP, but for those that were ignored when we came (nohup): the first one ends the command, with what
+    it has begun undone; while it waits for a run, it cancels that. A second one leaves at once."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._waits = False  # for a run that there is, or is about to be
         self._run: RemoteRun | None = None
-        self._submitting = threading.Event()  # set when there may be a run
         self._known = threading.Event()
+        self._cancelling = threading.Thread(target=self._cancel, daemon=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._hear)
 
     def _hear(self, number: int, _frame: Any) -> None:
         if self.number:
             os._exit(128 + number)
         self.number = number
-        if not self._submitting.is_set():
+        if not self._waits:
             sys.exit(128 + number)
         say("cancelling; a second signal leaves it")
-        threading.Thread(target=self._cancel, daemon=True).start()
+        self._cancelling.start()
 
     def _cancel(self) -> None:
         self._known.wait()
-        assert self._run
-        with contextlib.suppress(LightrunError):  # it has ended, or cannot be reached, which its follower sees as well
-            self._run.cancel()
+        if self._run:
+            with contextlib.suppress(LightrunError):  # it has ended, or cannot be reached, which its follower sees as well
+                self._run.cancel()
 
-    def submitting(self) -> None:
-        """From now on there may be a run."""
-        self._submitting.set()
+    @contextlib.contextmanager
+    def cancel(self) -> Iterator[Callable[[RemoteRun], None]]:
+        """While this lasts, they cancel the run that the function is told."""
 
-    def known(self, run: RemoteRun) -> None:
-        """It is this one."""
-        self._run = run
-        self._known.set()
+        def tell(run: RemoteRun) -> None:
+            self._run = run
+            self._known.set()
+
+        self._waits = True
+        try:
+            yield tell
+        finally:
+            self._known.set()
+            if self.number:
+                self._cancelling.join()
+            self._waits = False
 
 
 def _standard_input(options: Mapping[str, Any]) -> bytes | None:
-    return sys.stdin.buffer.read() if options["interactive"] else None
+    """All of it, if it is to be sent. Raises UsageError."""
+    if not options["interactive"]:
+        return None
+    with open(0, "rb", closefd=False) as file:
+        data = file.read(MAX_STDIN_BYTES + 1)
+    if len(data) > MAX_STDIN_BYTES:
+        raise UsageError(f"standard input has more than {MAX_STDIN_BYTES} bytes; put it into a file and send that with --file")
+    return data
 
 
 def _named(error: ApiError) -> ApiError:
     """A refusal in the words of the options."""
-    for each in error.details:
-        if each["path"] and each["path"][0] not in SPECIAL_FIELDS:
-            each["path"] = [option_of(str(each["path"][0])), *each["path"][1:]]
-    return ApiError(error.status, {"error": error.code, "message": str(error), "details": error.details})
+    details = [
+        {**each, "path": [option_of(str(field)) if field not in SPECIAL_FIELDS else field, *rest]}
+        for each in error.details
+        for field, *rest in [each["path"] or ["request"]]
+    ]
+    return ApiError(error.status, {"error": error.code, "message": str(error), "details": details})
 
 
-def run_command(client: Client, options: dict[str, Any], command: Sequence[str]) -> int:
+def run_command(client: Client, options: dict[str, Any], command: Sequence[str], signals: Signals) -> int:
     """`lightrun run`: the exit code of the program, 124 after its timeout, 125 for what went wrong otherwise."""
-    fields, interruption, terminal = _fields(options, command), Interruption(), Terminal()
+    fields, terminal, files = _fields(options, command), Terminal(), dict(options["file"])
+    if len(files) < len(options["file"]):
+        raise UsageError("--file: a path stands twice")
     if "extract" in fields:
         fields.setdefault("extractOn", "exit")
     detach = fields.pop("detached", False)
     stdin = _standard_input(options)
-    interruption.submitting()
-    try:
-        run = client.start(options["image"], folder=options["dir"], files=dict(options["file"]), stdin=stdin, **fields)
-    except ApiError as error:
-        raise _named(error) from error
-    interruption.known(run)
-    if detach:
+    prepared = client.prepared(options["image"], folder=options["dir"], files=files, stdin=stdin, **fields)
+    with prepared as send, signals.cancel() as cancels:
+        try:
+            run = send()
+        except ApiError as error:
+            raise _named(error) from error
+        cancels(run)
+        state = {} if detach else _followed_to_its_end(run, terminal)
+    if detach and not signals.number:
         print(run.id, flush=True)
         return 0
+    if signals.number:
+        if state and options["usage"]:
+            say(_usage(state))
+        return 128 + signals.number
+    return _concluded(run, state, options)
+
+
+def _followed_to_its_end(run: RemoteRun, terminal: Terminal) -> dict[str, Any]:
+    """The state of a run that has ended, after its output was shown. It is cancelled when that cannot be."""
+    state: dict[str, Any] = {}
     try:
         for event in run.events():
             terminal.tell(event)
             state = event.get("run", {})
-    except OSError as error:  # nobody reads the output any more, or it cannot be kept
-        run.cancel()
+    except Unreachable as error:
+        raise Unreachable(f"{error}; run {run.id} may go on") from error
+    except OSError as error:
+        with contextlib.suppress(LightrunError):  # it has ended
+            run.cancel()
         if isinstance(error, BrokenPipeError):
-            return PIPE_CLOSED
-        raise
-    return interruption.number + 128 if interruption.number else _concluded(run, state, options)
+            raise
+        raise LightrunError(f"the output cannot be written: {error.strerror}") from error
+    return state
 
 
 def _concluded(run: RemoteRun, state: dict[str, Any], options: Mapping[str, Any]) -> int:
     """Fetch what a run kept, say what is to be said, and tell the exit code."""
-    failures = [] if run.received.complete else ["some of the output is missing"]
+    failures = [] if run.received.complete else [f"some of the output is missing; what is kept of it: lightrun logs {run.id}"]
     lacking = [each for each in state.get("extracted", []) if each["status"] != "ok"]
     failures += [f"--extract {each['from']}: {each.get('message') or each['status']}" for each in lacking]
     try:
         if state.get("artifacts"):
             run.save(options["output"], overwrite=options["overwrite"])
-    except (LightrunError, OSError, tarfile.TarError) as error:
-        failures.append(f"{error}; the files are still to be had with: lightrun cp {run.id} DIR")
-    if state["reason"] != "exited" or state.get("error"):
-        say(f"{state['reason']}: {state['error']}" if state.get("error") else state["reason"])
+    except (LightrunError, OSError) as error:
+        failures.append(f"{_sentence(error)}; the files are still to be had with: lightrun cp {run.id} DIR")
+    _say_why(state)
     for failure in failures:
         say(failure)
     if options["usage"]:
         say(_usage(state))
     return _exit_code(state) or (OWN_FAILURE if failures else 0)
+
+
+def _say_why(state: Mapping[str, Any]) -> None:
+    """Why a run or a command ended, if that was not by itself."""
+    if state["reason"] != "exited" or state.get("error"):
+        say(": ".join(filter(None, [state["reason"], state.get("error")])))
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def _exit_code(state: Mapping[str, Any]) -> int:
@@ -9543,7 +9741,8 @@ def _exit_code(state: Mapping[str, Any]) -> int:
         return TIMED_OUT
     if state["reason"] in {"interrupted", "engine_error", "lost"}:  # whatever code there is is not the program's own
         return OWN_FAILURE
-    return int(state.get("exitCode", OWN_FAILURE))
+    code: int = state.get("exitCode", OWN_FAILURE)
+    return code
 
 
 def _usage(state: Mapping[str, Any]) -> str:
@@ -9555,11 +9754,9 @@ def _usage(state: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, figures))
 
 
-def exec_command(client: Client, options: dict[str, Any], command: Sequence[str]) -> int:
+def exec_command(client: Client, options: dict[str, Any], command: Sequence[str], _signals: Signals) -> int:
     """`lightrun exec`: the exit code of the command, as for `run`. It ends with its client."""
     fields, terminal = _fields(options, command), Terminal()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     if "entrypoint" not in fields:
         raise UsageError("there is no command: put it behind --, or behind --shell")
     try:
@@ -9567,22 +9764,19 @@ def exec_command(client: Client, options: dict[str, Any], command: Sequence[str]
         outcome = client.exec(run_id, stdin=stdin, on_output=terminal.output, **fields)
     except ApiError as error:
         raise _named(error) from error
-    except BrokenPipeError:
-        return PIPE_CLOSED
     if not outcome.complete:
         say("some of the output is missing")
-    if outcome.reason != "exited":
-        say(f"{outcome.reason}: {outcome.state['error']}" if outcome.state.get("error") else outcome.reason)
+    _say_why(outcome.state)
     return _exit_code(outcome.state) or (0 if outcome.complete else OWN_FAILURE)
 
 
-def ps_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def ps_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun ps`"""
     query = {"label": options["label"], "status": None if options["all"] else "running"}
     found = client.runs(max(0, options["limit"]), **{name: value for name, value in query.items() if value is not None})
     if options["json"] or options["quiet"]:
         for state in found:
-            print(to_json(state).decode() if options["json"] else state["id"])
+            print(json.dumps(state) if options["json"] else printable(state["id"]))
         return 0
     rows = [("ID", "IMAGE", "STATUS", "EXIT", "CREATED", "TOOK", "LABELS"), *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -9597,10 +9791,11 @@ def _row(state: Mapping[str, Any]) -> tuple[str, ...]:
     labels = " ".join(f"{name}={value}" for name, value in state.get("labels", {}).items())
     status = state["status"] if how in {state["status"], "exited"} else f"{state['status']} ({how})"
     short = state["id"][: -len("-0000-0000-0000-000000000000")]
-    return short, printable(state["image"]), status, str(state.get("exitCode", "")), state["createdAt"], took, printable(labels)
+    cells = short, state["image"], status, str(state.get("exitCode", "")), state["createdAt"], took, labels
+    return tuple(map(printable, cells))
 
 
-def logs_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def logs_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun logs`"""
     run, terminal = client.get(options["id"]), Terminal()
     for event in run.events(follow=options["follow"]):
@@ -9614,7 +9809,7 @@ def logs_command(client: Client, options: dict[str, Any], _command: Sequence[str
 def _each(client: Client, options: Mapping[str, Any], do: Callable[[RemoteRun], None], ends: bool = True) -> int:
     """Do something to some runs, wait until it has ended them, and print the ids of those with which it could be done."""
     code = 0
-    for given in options["ids"]:
+    for given in options["id"]:
         try:
             run = client.get(given)
             do(run)
@@ -9628,23 +9823,23 @@ def _each(client: Client, options: Mapping[str, Any], do: Callable[[RemoteRun], 
     return code
 
 
-def stop_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def stop_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun stop`"""
     fields = {name: options[name] for name in ("signal", "grace") if options[name] is not None}
     return _each(client, options, lambda run: run.stop(**fields))
 
 
-def cancel_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def cancel_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun cancel`"""
     return _each(client, options, RemoteRun.cancel)
 
 
-def rm_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def rm_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun rm`"""
     return _each(client, options, RemoteRun.delete, ends=False)
 
 
-def cp_command(client: Client, options: dict[str, Any], _command: Sequence[str]) -> int:
+def cp_command(client: Client, options: dict[str, Any], _command: Sequence[str], _signals: Signals) -> int:
     """`lightrun cp`"""
     run_id, _, path = options["source"].partition(":")
     run = client.get(run_id)
@@ -9656,20 +9851,27 @@ def cp_command(client: Client, options: dict[str, Any], _command: Sequence[str])
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the client: what its arguments are, and what it does. Its exit codes for its own failures and for a wrong
-    command line are one for those that give the exit code of a program."""
+    """A command of the client: what its arguments are, and what it does."""
 
-    does: Callable[[Client, dict[str, Any], Sequence[str]], int]
+    does: Callable[[Client, dict[str, Any], Sequence[str], Signals], int]
     add: Callable[[argparse.ArgumentParser], None]
     help: str
-    usage: str = ""  # behind the options
-    failure: int = 1
-    misuse: int = 2
+    usage: str = ""  # of one that has a COMMAND behind --, and that program's exit code
+
+    @property
+    def failure(self) -> int:
+        """Its exit code for what goes wrong by itself."""
+        return OWN_FAILURE if self.usage else 1
+
+    @property
+    def misuse(self) -> int:
+        """Its exit code for a wrong command line."""
+        return OWN_FAILURE if self.usage else 2
 
 
 COMMANDS = {
-    "run": Command(run_command, _add_run, "run a container as docker run does", "IMAGE [-- COMMAND …]", OWN_FAILURE, OWN_FAILURE),
-    "exec": Command(exec_command, _add_exec, "run a second command in a run", "ID -- COMMAND …", OWN_FAILURE, OWN_FAILURE),
+    "run": Command(run_command, _add_run, "run a container as docker run does", "IMAGE [-- COMMAND …]"),
+    "exec": Command(exec_command, _add_exec, "run a second command in a run", "ID -- COMMAND …"),
     "ps": Command(ps_command, _add_ps, "list runs"),
     "logs": Command(logs_command, _add_logs, "print the output of a run"),
     "stop": Command(stop_command, _add_stop, "signal runs, and kill those that do not end"),
@@ -9681,23 +9883,23 @@ COMMANDS = {
 
 def client_main(name: str, options: dict[str, Any], behind: Sequence[str]) -> int:
     """A command of the client; its exit code."""
-    command = COMMANDS[name]
+    command, signals = COMMANDS[name], Signals()
     try:
         token = options["token"] or (token_in(Path(options["token_file"]).expanduser()) if options["token_file"] else None)
-        code = command.does(Client(options["url"], token), options, behind)
+        code = command.does(Client(options["url"], token), options, behind, signals)
         sys.stdout.flush()
         return code
-    except UsageError as error:
-        code, why = command.misuse, str(error)
     except BrokenPipeError:  # nothing is to be flushed there when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return PIPE_CLOSED
-    except LightrunError as error:
-        code, why = command.failure, str(error)
-    except OSError as error:
-        code, why = command.failure, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except UsageError as error:
+        code, why = command.misuse, str(error)
+    except (LightrunError, OSError) as error:
+        code, why = command.failure, _sentence(error)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # of what a daemon said
+        code, why = command.failure, str(NotLightrun(f"{type(error).__name__}: {error}"))
     say(why)
-    return code
+    return 128 + signals.number if signals.number else code
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -9825,6 +10027,9 @@ def _open_standard_streams() -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command `lightrun`; its exit code."""
     _open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what it has no character for
     if os.environ.get("HOME") == "":
         del os.environ["HOME"]  # "~" would be "/"
     options, behind = _parsed(sys.argv[1:] if argv is None else argv)
@@ -9835,7 +10040,7 @@ def main(argv: list[str] | None = None) -> int:
     except LightrunError as error:
         code, why = 2 if isinstance(error, UsageError) else 1, str(error)
     except OSError as error:
-        code, why = 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code, why = 1, _sentence(error)
     except RuntimeError as error:  # a limit of threads
         code, why = 1, str(error)
     print(f"lightrun: {why}", file=sys.stderr)

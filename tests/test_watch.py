@@ -1079,7 +1079,7 @@ def test_events_so_far(lightrun_tcp: Daemon) -> None:
     run = lightrun_tcp.detach(entrypoint=LONG, network="none")
     ready(lightrun_tcp, run)
     told, events = pieces(lightrun_tcp, run, "&follow=false")
-    assert (told["stdout"], [event["event"] for event in events]) == (b"ready\n", ["accepted", "started", "log"])
+    assert (told["stdout"], [event["event"] for event in events]) == (b"ready\n", ["accepted", "started", "log", "running"])
     assert post(lightrun_tcp, run, "cancel") == 204
     lightrun_tcp.wait(run)
     events = [json.loads(line) for line in lightrun_tcp.request("GET", f"/runs/{run}/events?follow=false").body.splitlines()]
