@@ -616,7 +616,7 @@ def test_repeatable_options_take_commas_in_variables_only() -> None:
         _from_command_line(LIGHT_RUN_ALLOW_IMAGE="a,,b")
 
 
-@pytest.mark.parametrize("line", ["", "run", "serve --nope", "serve --por 1", "serve --port", "serve x"])
+@pytest.mark.parametrize("line", ["", "serve --nope", "serve --por 1", "serve --port", "serve x", "ps x"])
 def test_a_wrong_command_line_is_one_line_and_code_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         _parser().parse_args(line.split())
