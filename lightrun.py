@@ -9746,7 +9746,7 @@ def _exit_code(state: Mapping[str, Any]) -> int:
 
 
 def _usage(state: Mapping[str, Any]) -> str:
-    timings = ", ".join(f"{name} {took} ms" for name, took in state["timings"].items() if took)
+    timings = ", ".join(f"{name} {took} ms" for name, took in state["timings"].items())
     used = state.get("usage", {})
     figures = [f"run {state['id']}", state["reason"], f"exit code {state['exitCode']}" if "exitCode" in state else ""]
     figures += [f"{state['durationMs']} ms ({timings})", f"{used['cpuMs']} ms of CPU" if "cpuMs" in used else ""]
