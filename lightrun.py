@@ -3442,10 +3442,11 @@ class Engine:
                 if not self._networks():
                     with contextlib.suppress(EngineConflict), asked_to("make the network"):
                         self._call("POST", "/networks/create", 201, body={**about, "CheckDuplicate": True}).json()
-                first, *others = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
-                for other in others:
-                    with contextlib.suppress(EngineError), asked_to("remove a second network"):
-                        self._call("DELETE", f"/networks/{other['Id']}", 204).nothing()
+                found = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
+                for network in found[::-1]:  # the newest goes, but for one that a container has already
+                    if len(found) > 1 and self._has_removed(network["Id"]):
+                        found.remove(network)
+                first = found[0]
                 options = first.get("Options") or {}
                 if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
                     raise EngineError(f"the network {NETWORK} is not an isolated bridge; remove it")
@@ -3453,6 +3454,16 @@ class Engine:
         finally:
             self._network_lock.release()
         return NETWORK
+
+    def _has_removed(self, network: str) -> bool:
+        try:
+            with asked_to("remove a second network"):
+                self._call("DELETE", f"/networks/{network}", 204).nothing()
+        except EngineMissing:  # the other daemon did
+            return True
+        except EngineError:
+            return False
+        return True
 
     def _networks(self) -> list[dict[str, Any]]:
         found = self._call("GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})}).json()
@@ -3608,7 +3619,10 @@ class Engine:
         try:
             self._call("POST", f"/containers/{container}/start", 204, 304).nothing()
         except Refused as error:
-            if "is ambiguous" in str(error):  # two daemons are making the network just now, and one of them is gone at once
+            if "is ambiguous" in str(error):  # two daemons have made the network at once
+                self._shared.network_ready = False
+                with contextlib.suppress(EngineError, TimeoutError):
+                    self._isolated_network()
                 raise EngineAbsent(f"the engine does not know which network is meant: {error}") from error
             raise
 

@@ -204,6 +204,24 @@ def test_a_signal_ends_it_with_code_0(daemon: DaemonFactory, number: signal.Sign
     assert list(lightrun.temporary.iterdir()) == []
 
 
+@pytest.mark.alone("makes a second network of the name that all runs share")
+def test_a_second_network_goes_even_if_it_is_the_one_in_use(daemon: DaemonFactory, engine: docker.APIClient) -> None:
+    """As two daemons leave it that make it at once, when the first run is on the newer one."""
+    with contextlib.suppress(docker.errors.APIError):
+        engine.remove_network(NETWORK)
+    options = {"com.docker.network.bridge.enable_icc": "false"}
+    made = [engine.create_network(NETWORK, "bridge", options, check_duplicate=False)["Id"] for _ in range(2)]
+    user = engine.create_container("lightrun/busybox", ["sleep", "60"])
+    try:
+        engine.start(user)
+        engine.connect_container_to_network(user, made[1])
+        state = daemon().online().run(entrypoint="ls /sys/class/net")
+        assert state["logs"] == ["eth0", "lo"], state.get("error")
+        assert [network["Id"] for network in engine.networks(names=[NETWORK]) if network["Name"] == NETWORK] == made[1:]
+    finally:
+        engine.remove_container(user, force=True)
+
+
 @pytest.mark.alone("removes the network that all runs share")
 def test_two_daemons_share_the_network(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     with contextlib.suppress(docker.errors.APIError):  # in use by somebody else's run: then it is shared already

@@ -466,7 +466,7 @@ def test_a_live_flood_costs_little_memory_and_loses_nothing(daemon: DaemonFactor
     assert watchman.risen < 60 * MIB
 
 
-FALL_BEHIND = "MAX_BEHIND_BYTES = lightrun.SEGMENT_BYTES = 4 << 20"
+FALL_BEHIND = "MAX_BEHIND_BYTES = lightrun.SEGMENT_BYTES = 8 << 20"  # quick ones fall behind by some, on a busy machine
 
 
 def test_a_follower_that_is_too_slow_is_cut_off_with_an_error_and_the_others_are_not(
