@@ -8873,11 +8873,12 @@ class Client:
         headers = {"Content_Type": JSON, "Idempotency_Key": str(uuid.uuid4()) if key is None else key}
         if not re.fullmatch("[ -~]{1,200}", headers["Idempotency_Key"]):
             raise UsageError("key: must be 1 to 200 printable ASCII characters")
-        body: bytes | IO[bytes] = _packed_json(request)
+        content = _packed_json(request)
+        body: bytes | IO[bytes] = content
         with contextlib.ExitStack() as opened:
             if folder is not None or local:
                 form, boundary = opened.enter_context(tempfile.TemporaryFile()), uuid.uuid4().hex
-                _write_form(form, boundary, _packed_json(request), None if folder is None else Path(folder), local)
+                _write_form(form, boundary, content, None if folder is None else Path(folder), local)
                 body, headers["Content_Type"] = form, f"{FORM}; boundary={boundary}"
 
             def send() -> RemoteRun:
@@ -8918,16 +8919,16 @@ class Client:
     ) -> Outcome:  # fmt: skip
         """Run a second command in a run that goes on. It ends when its client does: raises ConnectionLost when that is so."""
         request = {"entrypoint": entrypoint, **fields, **({} if stdin is None else {"stdin": _transferable(stdin)})}
-        output, received = _Output(on_output), Received()
+        output, received, state = _Output(on_output), Received(), None
         received.connected()
         for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", _packed_json(request)):
             if event["event"] == "gap":
                 received.complete = False
             elif event["event"] == "finished":
-                state = _sound(event.get("exec"))
+                state = event.get("exec")
             elif event["event"] != "log" or received.take(event):
                 output.take(event)
-        return output.outcome(state, received.complete)
+        return output.outcome(_sound(state), received.complete)
 
     def get(self, run_id: str) -> RemoteRun:
         """A run by its id, or by a beginning that is its own."""
@@ -9024,8 +9025,7 @@ class RemoteRun:
         output = _Output(on_output)
         for event in self.events():
             output.take(event)
-        assert self._final
-        return output.outcome(self._final, self.received.complete, self)
+        return output.outcome(_sound(self._final), self.received.complete, self)
 
     def state(self, wait: int = 0) -> dict[str, Any]:
         """Its state, as `GET /runs/<id>`; after at most `wait` ms, or when it has ended."""
