@@ -170,6 +170,7 @@ INTERRUPT_SECONDS = 5  # for the ends of runs that are killed because lightrun g
 REMOVE_SECONDS = 15  # until the removal of a container is left to the keeper, and its run's place given back
 MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
+LEAVE_SECONDS = 3  # for a balancer that looks at /health each second
 LAST_ANSWERS_SECONDS = 1  # for answers on their way when lightrun goes down
 SETTLE_POLL_SECONDS = 0.02  # how often it is looked whether they are gone
 
@@ -324,9 +325,14 @@ def _duration(low: float) -> Callable[[str], float]:
     return _cast(parse_duration, lambda seconds: low <= seconds <= 86_400, f"a duration such as 10s or 5m, {low:g}s to 24h")
 
 
+_NODE = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _text = _cast(str, lambda text: text == text.strip() != "" and text.isprintable(), "printable text without spaces around it")
 _mode = _cast(lambda text: int(text, 8), lambda mode: 0 <= mode <= 0o777, "an octal mode such as 0600")
 _cpus = _cast(float, lambda cpus: 0.01 <= cpus <= 10_000, "a number of CPUs such as 0.5 or 2, at least 0.01")
+_node = _cast(
+    str, lambda text: bool(re.fullmatch(_NODE, text)),
+    "1 to 63 of a to z, 0 to 9 and -, with none of these dashes at its ends",
+)  # fmt: skip
 _docker_host = _cast(_text, lambda text: any(_split_engine(text)), "unix:///path or tcp://host:port")
 
 
@@ -429,6 +435,10 @@ class Settings:
     callback_allow: tuple[str, ...] = option(_text, (), "callback host pattern; repeatable", "any but link-local")
     docker_host: str | None = option(_docker_host, None, "engine: unix:///path or tcp://host:port", "DOCKER_HOST or local")
     drain: float = option(_duration(0), 10.0, "what SIGTERM leaves to clients that wait", "10s")
+    node: str | None = option(_node, None, "name of this daemon among several: ids of its runs are NODE_UUID")
+    leave: float | None = option(
+        _duration(0), None, "how long after SIGTERM requests are still taken, while /health is 503", "3s with --node, else 0s"
+    )
     trust_proxy: tuple[str, ...] = option(
         _proxy, (), "address or network of a proxy whose X-Forwarded-For counts, or unix for the socket; repeatable", "none"
     )
@@ -438,6 +448,10 @@ class Settings:
     def artifacts_root(self) -> Path:
         """The folder of all artifacts."""
         return self.artifacts_dir or self.state_dir / "artifacts"
+
+    def new_id(self) -> str:
+        """The id of a new run."""
+        return f"{self.node}_{uuid.uuid4()}" if self.node else str(uuid.uuid4())
 
     def __post_init__(self) -> None:
         if sum(parse_warm(text)[1] for text in self.warm) > MAX_WARM:
@@ -476,7 +490,7 @@ _NO_DOTDOT = r"^(?![\s\S]*(?:^|/)\.\.(?:/|$))[^\u0000]+$"
 _ENV_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 _LABEL = r"^[A-Za-z0-9._/-]{1,63}$"
 _ARTIFACT = r"^[a-z0-9_-]{36,100}/(?:(?!\.{1,2}(?:/|$))[^/\u0000]+/)*(?:(?!\.{1,2}$)[^/\u0000]+)?$"
-RUN_ID = re.compile(r"(?:[a-z0-9-]{1,63}_)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+RUN_ID = re.compile(rf"(?:{_NODE}_)?[0-9a-f]{{8}}(?:-[0-9a-f]{{4}}){{3}}-[0-9a-f]{{12}}")
 _BASE64 = r"^[A-Za-z0-9+/]*={0,2}$"
 _SIZE = r"^[0-9]{1,15}[bkmgBKMG]?$"
 _HOST = r"(?:(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])(?:\.(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9]))*"
@@ -5603,6 +5617,7 @@ class Runner:
         self._settings, self._store, self._engine, self.metrics = settings, store, engine, metrics
         self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
         self._limits: dict[str | None, tuple[int | None, int | None]] = {}  # of names, replaced as a whole
+        self.leaving = False  # what comes is still taken, but better goes elsewhere
         self.places = Places(settings.max_concurrent, settings.queue, self._execute, self._limits_of)
         self._pulls = Pulls(engine, settings.pull_timeout, settings.pull == "always")
         self._layout = Layout()
@@ -5657,7 +5672,8 @@ class Runner:
             raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
         waited = not request.detached and key is None
-        run = Run(str(uuid.uuid4()), request.image, time.time(), waited, callback=callback, owner=owner, labels=request.labels)
+        run_id, labels = self._settings.new_id(), request.labels
+        run = Run(run_id, request.image, time.time(), waited, callback=callback, owner=owner, labels=labels)
         with contextlib.ExitStack() as undone:
             held = undone.enter_context(self._hold(request, upload))
             tree = self.tree(request, upload, owner)
@@ -7507,7 +7523,9 @@ ANSWERS = {
         stream={"enum": list(STREAMS.values())}, line=_TEXT, partial=_TRUE, at=_COUNT, base64=_TEXT,
         run={"$ref": REFERENCE + "Run"}, exec={"$ref": REFERENCE + "Exec"},
     ),
-    "Health": _object("status docker version runs", status={"enum": HEALTHS}, version=_TEXT, runs=_NUMBERS, usage=_TRUE),
+    "Health": _object(
+        "status docker version runs", status={"enum": HEALTHS}, version=_TEXT, node=_TEXT, runs=_NUMBERS, usage=_TRUE,
+    ),
     "Error": _object(
         "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
     ),
@@ -7731,8 +7749,9 @@ class Api:
                 self._health_lock.release()
         running, queued = self._runner.counts()
         engine = self._engine_about
-        status = "stopping" if self._runner.stopping else "ok" if engine else "unavailable"
+        status = "stopping" if self._runner.leaving else "ok" if engine else "unavailable"
         about = {"status": status, "docker": bool(engine), "version": __version__, "runs": {"running": running, "queued": queued}}
+        about |= {"node": self._settings.node} if self._settings.node else {}
         about |= {"engine": engine, **({"usage": True} if self._runner.slots.able() else {})} if engine else {}
         return json_answer(about, 200 if status == "ok" else 503)
 
@@ -8500,8 +8519,11 @@ class Daemon:
 
     def stop(self) -> None:
         """Take no more runs, let clients that wait have their results, and let go of everything. All that takes at most
-        --drain, what Runner.stop allows for the ends of runs that it kills, and twice LAST_ANSWERS_SECONDS: to tell them,
-        and then to tell those who wait for runs that go on."""
+        --leave, --drain, what Runner.stop allows for the ends of runs that it kills, and twice LAST_ANSWERS_SECONDS: to tell
+        them, and then to tell those who wait for runs that go on."""
+        self._runner.leaving = True  # a balancer that looks at /health sends no more from now on
+        usual = LEAVE_SECONDS if self._settings.node else 0
+        time.sleep(usual if self._settings.leave is None else self._settings.leave)
         deadline = time.monotonic() + self._settings.drain
         self._runner.refuse()
         self._gate.closing = True

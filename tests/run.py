@@ -28,6 +28,7 @@ PACKAGES = {
     "curl": "curl",
     "docker-registry": "docker-registry",
     "faketime": "faketime",
+    "haproxy": "haproxy",
     "iproute2": "ip",
     "jq": "jq",
     "prometheus": "promtool",

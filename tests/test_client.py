@@ -734,7 +734,7 @@ def test_a_signal_before_the_id_is_known_cancels_too(start: Start, daemon: Daemo
         process.send_signal(signal.SIGINT)
         own.process.send_signal(signal.SIGCONT)
         assert process.wait(20) == 130
-        assert own.request("GET", "/runs?status=running").json() == []
+        assert eventually(lambda: own.request("GET", "/runs?status=running").json() == [])  # --detach waits for no end
         own.process.send_signal(signal.SIGSTOP)
     own.process.send_signal(signal.SIGCONT)
     assert {state["reason"] for state in own.request("GET", "/runs").json()} == {"cancelled"}
