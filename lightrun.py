@@ -6477,6 +6477,7 @@ class Runner:
     def _record(self, job: Job, ending: dict[str, Any]) -> None:
         """Put the end on disk, however long that takes, and only then tell it."""
         job.enter(job.run.phase)
+        unknown = ("queue", "pull", *(() if job.starting else ("start",))) if job.taken_up else ()  # spent by an earlier daemon
         if job.ran is not None:
             job.run.timings["run"] = job.ran
             if job.run.started is not None:
@@ -6490,6 +6491,7 @@ class Runner:
         taken = job.log.taken()
         run = dataclasses.replace(
             job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated,
+            timings={name: spent for name, spent in job.run.timings.items() if name not in unknown},
             log_bytes=[taken[1], taken[2], int(not job.taken_up)] if job.log.counted else [], **ending,
         )  # fmt: skip
         state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}

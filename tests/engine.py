@@ -525,10 +525,11 @@ class PrivateEngine:
 
     def _remove_cgroups(self) -> None:
         """Containers that ended with their namespace leave empty cgroups: nobody was there to remove them."""
-        for container in (self.folder / "data/containers").glob("*"):
-            for group in Path("/sys/fs/cgroup").rglob(container.name):
+        containers = {folder.name for folder in (self.folder / "data/containers").glob("*")}
+        for parent, names, _ in os.walk("/sys/fs/cgroup"):  # which, unlike glob, bears that others go meanwhile
+            for name in containers.intersection(names):
                 with contextlib.suppress(OSError):
-                    group.rmdir()
+                    Path(parent, name).rmdir()
 
 
 def _children(pid: int) -> list[int]:
