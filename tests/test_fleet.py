@@ -249,7 +249,8 @@ def test_ids_tell_the_node_everywhere(fleet: Fleet, receiver: Receiver) -> None:
     events = [json.loads(line) for line in fleet.request("GET", f"/runs/{made}/events").text.splitlines()]
     assert (events[0]["id"], events[-1]["run"]["id"]) == (made, made)
     for path in ("/runs/d_" + made[2:], "/runs/" + made[2:], "/nodes/d/runs", "/nowhere", "/runs"):
-        assert fleet.request("GET", path).status_code in (404, 503), path
+        answer = fleet.request("GET", path)
+        assert (answer.status_code, answer.json()["error"]) == (404, "not_found"), path
     assert fleet.request("DELETE", f"/runs/{made}").status_code == 204
     assert fleet.request("GET", f"/runs/{made}").status_code == 404
 
@@ -326,15 +327,21 @@ def test_names(daemon: DaemonFactory, name: str) -> None:
     assert own.request("GET", f"/runs/{run}/artifacts/passwd").status == 200
 
 
-def test_the_client_goes_through_it(fleet: Fleet, built: Path, tmp_path: Path) -> None:
-    """`lightrun run` with files in and out, and the commands beside it, with a run's own id and with the beginning of one."""
+@pytest.fixture
+def command(fleet: Fleet, built: Path, tmp_path: Path) -> Callable[..., str]:
+    """A function that runs a command of the client through the proxy, and returns what it printed."""
     kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     env = {**kept, "HOME": str(tmp_path), "LIGHT_RUN_TOKEN": TOKEN, "SSL_CERT_FILE": str(fleet.certificate)}
 
-    def command(*arguments: str, at: str = "") -> str:
+    def run(*arguments: str, at: str = "") -> str:
         line, variables = [sys.executable, str(built), *arguments], {**env, "LIGHT_RUN_URL": fleet.url + at}
         return subprocess.run(line, env=variables, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True).stdout
 
+    return run
+
+
+def test_the_client_goes_through_it(fleet: Fleet, command: Callable[..., str], tmp_path: Path) -> None:
+    """`lightrun run` with files in and out, and the commands beside it, with a run's own id and with the beginning of one."""
     (tmp_path / "in").write_text("1\n")
     assert command("run", "--network", "none", "--file", "in", "--extract", "out", IMAGE, "--shell", "cat in; cp in out") == "1\n"
     assert (tmp_path / "out").read_text() == "1\n"
@@ -477,6 +484,18 @@ def test_a_node_that_dies_with_a_key(fleet: Fleet, name: str) -> None:
         state = answer.result().json()
     assert (answer.result().status_code, state["logs"], state["id"][0]) == (200, ["done"], name)
     assert [(node, each["id"]) for node, each in fleet.records(f"test={label}")] == [(name, state["id"])]
+
+
+def test_the_client_outlives_a_node(fleet: Fleet, command: Callable[..., str]) -> None:
+    """`kill -9` of the node that has its run: not a line is lost or comes twice."""
+    label, script = uuid.uuid4().hex, "for i in $(seq 60); do echo $i; sleep 0.1; done"
+    with ThreadPoolExecutor(1) as client:
+        printed = client.submit(command, "run", "--network", "none", "--label", f"test={label}", IMAGE, "--shell", script)
+        ((name, _),) = eventually(lambda: [each for each in fleet.records(f"test={label}") if each[1].get("startedAt")])
+        fleet.nodes[name].kill()
+        assert eventually(lambda: name not in fleet.proxy.up(f"node_{name}"))
+        fleet.restart(name)
+        assert printed.result().split() == [str(number) for number in range(1, 61)]
 
 
 def test_runs_of_a_node_that_is_away(fleet: Fleet) -> None:
