@@ -1041,7 +1041,7 @@ def test_a_table_into_a_pipe_that_closes(start: Start) -> None:
 @pytest.fixture(scope="module")
 def sandbox(shared: Daemon) -> Iterator[str]:
     """A run that stays."""
-    run = shared.detach(idle=60_000)
+    run = shared.detach(idle=900_000)
     shared.wait_for(run, lambda state: state.get("phase") == "running")
     yield run
     shared.request("POST", f"/runs/{run}/cancel")
