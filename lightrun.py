@@ -171,6 +171,7 @@ REMOVE_SECONDS = 15  # until the removal of a container is left to the keeper, a
 MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
 LEAVE_SECONDS = 3  # for a balancer that looks at /health each second
+LINGER_SECONDS = 30  # for the rest of a body that was refused
 LAST_ANSWERS_SECONDS = 1  # for answers on their way when lightrun goes down
 SETTLE_POLL_SECONDS = 0.02  # how often it is looked whether they are gone
 
@@ -8219,12 +8220,51 @@ def _parser_class(gate: Gate, folder: Path) -> type:
     return Parser
 
 
+def _lingering_class(base: Any) -> type:
+    """waitress's connections, of which none is closed while its client still sends what was refused. That would reset it, and
+    the client might never read the refusal: RFC 9112, 9.6."""
+
+    class Lingering(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
+        lingers = 0.0  # until then (monotonic) what still comes is thrown away
+        _refused = False
+
+        def service(self) -> None:
+            self._refused = self.requests[0].error is not None
+            super().service()
+
+        def handle_write(self) -> None:
+            if self._refused and self.close_when_flushed and not self.requests:
+                self._flush_exception(self._flush_some)
+                if not (self.total_outbufs_len or self.will_close):
+                    self._linger()
+                    return
+            super().handle_write()
+
+        def _linger(self) -> None:
+            self.close_when_flushed, self.lingers = False, time.monotonic() + LINGER_SECONDS
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
+
+        def handle_read(self) -> None:
+            if not self.lingers:
+                super().handle_read()
+            elif not self._more() or time.monotonic() > self.lingers:
+                self.handle_close()
+
+        def _more(self) -> bytes:
+            with contextlib.suppress(OSError):
+                return bytes(self.recv(self.adj.recv_bytes))
+            return b""
+
+    return Lingering
+
+
 def _channel_class(gate: Gate, folder: Path) -> type:
     """waitress's connections, of which none may hold a thread by not reading, but a stream that has its place for that."""
     import waitress.channel
     import waitress.task
 
-    base: Any = waitress.channel.HTTPChannel
+    base: Any = _lingering_class(waitress.channel.HTTPChannel)
 
     class Task(waitress.task.WSGITask):
         def get_environment(self) -> dict[str, Any]:
@@ -8398,6 +8438,8 @@ class Server:
         poll = select.poll()
         for channel in list(self._server.active_channels.values()):
             incoming = channel.request
+            if channel.lingers:
+                continue
             if channel.requests or channel.total_outbufs_len or (incoming and incoming.headers_finished):
                 return False
             with contextlib.suppress(TypeError, ValueError):  # it was closed just now

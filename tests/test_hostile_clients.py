@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -576,7 +577,31 @@ def test_a_welcome_body_is_asked_for(lightrun_guarded: Daemon) -> None:
 def test_a_client_that_goes_on_sending_a_large_body_does_no_harm(lightrun_open: Daemon) -> None:
     raw = post(b" " * (8 * MIB), b"Content-Length: %d" % (8 * MIB))
     with lightrun_open.connect(timeout=10) as connection:
-        send(connection, raw)  # It may see a reset, and then no answer.
-        with contextlib.suppress(ConnectionError):
-            assert connection.recv(65536).split()[1] == b"413"
+        connection.sendall(raw)  # and is not reset, so that it reads why
+        assert connection.recv(65536).split()[1] == b"413"
+        assert connection.recv(65536) == b""
     assert lightrun_open.healthy()
+
+
+def test_a_refusal_does_not_wait_for_its_body(daemon: DaemonFactory) -> None:
+    """Who goes on sending for ever holds up neither others nor the daemon's end."""
+    own = daemon()
+    with own.connect(timeout=10) as endless, own.connect(timeout=10) as silent:
+        endless.sendall(post(b"", b"Content-Length: %d" % (1 << 40)))
+        silent.sendall(post(b"", b"Content-Length: %d" % (1 << 40)))
+        over = threading.Event()
+
+        def go_on() -> None:
+            with contextlib.suppress(OSError):
+                while not over.is_set():
+                    endless.sendall(bytes(65536))
+
+        sender = threading.Thread(target=go_on)
+        sender.start()
+        try:
+            assert silent.recv(65536).split()[1] == b"413"
+            assert own.run(entrypoint=["true"])["exitCode"] == 0
+            assert own.stop() == 0
+        finally:
+            over.set()
+            sender.join()
