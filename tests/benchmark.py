@@ -604,7 +604,7 @@ def measure_memory(bench: Bench) -> list[Row]:
     daemon = bench.daemon("--max-concurrent", str(count), "--queue", "100")
     idle = daemon.holds()
     with daemon.client() as client:
-        request = {"image": IMAGE, "entrypoint": ["sleep", "1000"], "memory": "8m", "network": "none", "detached": True}
+        request = {"image": IMAGE, "entrypoint": ["sleep", "1000"], "memory": "16m", "network": "none", "detached": True}
         ids = [client.call("POST", "/run", request)["id"] for _ in range(count)]
 
         def running() -> bool:

@@ -81,13 +81,13 @@ def seconds(state: dict[str, Any], first: str, last: str) -> float:
 
 def state_id(lightrun: Daemon) -> str:
     """What this daemon's containers are labelled with."""
-    with sqlite3.connect(lightrun.state_dir / "lightrun.db") as database:
+    with contextlib.closing(sqlite3.connect(lightrun.state_dir / "lightrun.db")) as database:
         return str(database.execute("SELECT value FROM meta WHERE name = 'state'").fetchone()[0])
 
 
 def fed(lightrun: Daemon, run: str) -> bool:
     """Whether it is recorded that the run has its stdin."""
-    with sqlite3.connect(lightrun.state_dir / "lightrun.db") as database:
+    with contextlib.closing(sqlite3.connect(lightrun.state_dir / "lightrun.db")) as database:
         return bool(database.execute("SELECT fed FROM runs WHERE id = ?", (run,)).fetchone()[0])
 
 
