@@ -1516,8 +1516,12 @@ class Store:
     @staticmethod
     def _open(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
-        for pragma in ("journal_mode=WAL", "foreign_keys=ON", "secure_delete=ON", "wal_autocheckpoint=1000"):
-            connection.execute(f"PRAGMA {pragma}")
+        try:
+            for pragma in ("journal_mode=WAL", "foreign_keys=ON", "secure_delete=ON", "wal_autocheckpoint=1000"):
+                connection.execute(f"PRAGMA {pragma}")
+        except BaseException:
+            connection.close()  # what is no database is noticed by the first of these
+            raise
         return connection
 
     def _prepare(self) -> None:
