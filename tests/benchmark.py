@@ -47,7 +47,7 @@ except ImportError:  # Not the tests' Python: go on in theirs.
 import psutil
 
 import lightrun
-from engine import DEFAULT_HOST, IMAGE, EngineApi, EngineError, UnixConnection, ensure_engine, ensure_image
+from engine import IMAGE, EngineApi, EngineError, UnixConnection, engine_host, ensure_engine, ensure_image
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1024 * 1024
@@ -251,7 +251,7 @@ class Bench:
 
     def __init__(self, pyz: Path, short: bool) -> None:
         self.pyz, self.short = pyz, short
-        host = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+        host = engine_host()
         self.api = docker.APIClient(host, version="auto", timeout=60)
         self.api.trust_env = False
         self.engine_label = uuid.uuid4().hex

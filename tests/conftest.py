@@ -46,7 +46,7 @@ import psutil
 import pytest
 
 import lightrun
-from engine import DEFAULT_HOST, IMAGE, EngineApi, UnixConnection
+from engine import IMAGE, EngineApi, UnixConnection, engine_host
 from images import Registry, user_id_image, user_name_image
 from images import free_port as free_port
 
@@ -219,7 +219,7 @@ def engine_api() -> EngineApi:
 @pytest.fixture(scope="session")
 def engine(engine_api: EngineApi) -> Iterator[docker.APIClient]:
     """The engine through the docker SDK; at its end, whatever the tests left on it is an error."""
-    client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
+    client = docker.APIClient(engine_host(), version="auto")
     before = session_folder() / BEFORE_FILE
     try:
         with exclusive("engine"):

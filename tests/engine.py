@@ -75,11 +75,16 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def engine_host() -> str:
+    """Where the engine is that the tests use: DOCKER_HOST, else the default socket."""
+    return os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+
+
 class EngineApi:
     """The few Engine API calls that a machine without the docker SDK needs, over unix or tcp, with TLS too."""
 
     def __init__(self, host: str | None = None) -> None:
-        self.host = host or os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+        self.host = host or engine_host()
         if not self.host.startswith(("unix://", "tcp://", "http://", "https://")):
             raise EngineError(f"DOCKER_HOST={self.host}: only unix:// and tcp:// are known here")
 

@@ -41,7 +41,7 @@ import docker
 import psutil
 
 from conftest import ROOT, Daemon, Response, eventually
-from engine import DEFAULT_HOST, EngineApi, ensure_engine
+from engine import EngineApi, engine_host, ensure_engine
 from images import Registry, make_image, remove_image
 
 # ---------------------------------------------------------------- The proxy
@@ -150,8 +150,8 @@ class Proxy:
     `clock` is how many seconds the engine's clock seems to be ahead.
     """
 
-    def __init__(self, tcp: bool = False, engine: str = DEFAULT_HOST) -> None:
-        self._engine, self.tcp, self.clock = engine.removeprefix("unix://"), tcp, 0.0
+    def __init__(self, tcp: bool = False) -> None:
+        self._engine, self.tcp, self.clock = engine_host().removeprefix("unix://"), tcp, 0.0
         self._folder = tempfile.mkdtemp(prefix="p-")
         self._address: Any = ("127.0.0.1", 0) if tcp else f"{self._folder}/s"
         self.calls: list[tuple[float, str, str]] = []
@@ -845,7 +845,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     ensure_engine()
     began = time.monotonic()
-    client = docker.APIClient(DEFAULT_HOST, version="auto")
+    client = docker.APIClient(engine_host(), version="auto")
     with tempfile.TemporaryDirectory(prefix="f-") as tempfile.tempdir, contextlib.closing(client):
         failures = run_cells(client, cells, options.benches, lambda line: print(line, flush=True))
     failed = len({failure.partition(": ")[0] for failure in failures})

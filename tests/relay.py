@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 from urllib.parse import urlsplit
 
-from engine import DEFAULT_HOST
+from engine import engine_host
 
 
 class Relay:
@@ -52,7 +51,7 @@ class Relay:
             while True:
                 near, far = self._listening.accept()[0], socket.socket(socket.AF_UNIX)
                 self._open += [near, far]
-                far.connect(urlsplit(os.environ.get("DOCKER_HOST") or DEFAULT_HOST).path)
+                far.connect(urlsplit(engine_host()).path)
                 for ends in ((near, far), (far, near)):
                     threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
 

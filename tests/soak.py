@@ -39,7 +39,7 @@ import docker
 
 import lightrun
 from conftest import ROOT, Answer, Daemon, Receiver, eventually
-from engine import DEFAULT_HOST, EngineApi, ensure_engine
+from engine import EngineApi, engine_host, ensure_engine
 from images import make_image
 
 LAUNCHER = ROOT / "tests/launcher.py"
@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ensure_engine()
     with tempfile.TemporaryDirectory(prefix="soak-") as tempfile.tempdir:
-        client = docker.APIClient(os.environ.get("DOCKER_HOST") or DEFAULT_HOST, version="auto")
+        client = docker.APIClient(engine_host(), version="auto")
         with contextlib.closing(client):
             daemon = Daemon(LAUNCHER, client, (*OPTIONS, *WARM * options.warm), env=ENVIRONMENT)
             soak = Soak(daemon, client, options.kills, options.seed, options.warm)

@@ -19,7 +19,7 @@ import docker
 import pytest
 
 from conftest import Daemon, DaemonFactory, Receiver, eventually
-from engine import DEFAULT_HOST, IMAGE, EngineApi
+from engine import IMAGE, EngineApi, engine_host
 
 NAME = "lightrun-lists"
 NOWHERE = "lightrun/no-such-image"  # a run of it ends at once where nothing is pulled
@@ -53,7 +53,7 @@ class Tap:
 
             def handle(self) -> None:
                 with socket.socket(socket.AF_UNIX) as engine:
-                    engine.connect(urlsplit(os.environ.get("DOCKER_HOST") or DEFAULT_HOST).path)
+                    engine.connect(urlsplit(engine_host()).path)
                     back = threading.Thread(target=pump, args=(engine, self.request, lambda _: None))
                     back.start()
                     pump(self.request, engine, tap.said.extend)

@@ -27,7 +27,7 @@ import pytest
 
 import lightrun
 from conftest import KEPT_VARIABLES, ROOT, DaemonFactory, eventually, free_port
-from engine import IMAGE
+from engine import IMAGE, engine_host
 from relay import Relay
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -453,7 +453,7 @@ def test_an_engine_socket_that_may_not_be_opened(daemon: DaemonFactory, tmp_path
 @pytest.mark.parametrize("source", ["config", "variable"])
 def test_a_context_in_use_is_honoured(daemon: DaemonFactory, source: str) -> None:
     """It leads to the engine that the tests use, the variable that names none would not."""
-    url = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    url = engine_host()
     started = daemon(env={"DOCKER_CONTEXT": "far" if source == "variable" else "", "DOCKER_HOST": ""}, start=False)
     _docker_files(started.home, config=USED if source == "config" else b"{}", meta=_meta(url))
     started.start()

@@ -24,7 +24,7 @@ import pytest
 import faults
 import lightrun
 from conftest import ROOT, Daemon, DaemonFactory, Response, eventually
-from engine import IMAGE
+from engine import IMAGE, engine_host
 from faults import Proxy
 
 NDJSON, RAW = {"Accept": "application/x-ndjson"}, {"Accept": "application/octet-stream"}
@@ -480,14 +480,14 @@ def container(daemon: Daemon, run: str) -> str:
 
 def top(daemon: Daemon, run: str) -> list[str]:
     """The processes of a run's container, as the engine lists them."""
-    client = docker.APIClient(version="auto")
+    client = docker.APIClient(engine_host(), version="auto")
     with contextlib.closing(client):
         return [row[-1] for row in client.top(container(daemon, run))["Processes"]]
 
 
 def release(daemon: Daemon, run: str) -> None:
     """Make /go, not by lightrun."""
-    client = docker.APIClient(version="auto")
+    client = docker.APIClient(engine_host(), version="auto")
     with contextlib.closing(client):
         client.exec_start(client.exec_create(container(daemon, run), ["touch", "/go"])["Id"])
 

@@ -19,7 +19,7 @@ import docker
 import pytest
 
 from conftest import HELD, Daemon, DaemonFactory, Response, eventually, release
-from engine import DEFAULT_HOST, IMAGE
+from engine import IMAGE, engine_host
 from relay import Relay, unix_socket
 
 MIB = 1 << 20
@@ -254,7 +254,7 @@ def test_a_hung_engine_costs_one_deadline_for_all(daemon: DaemonFactory, pool: T
         for answer in answers:
             with pytest.raises((OSError, http.client.HTTPException)):
                 answer.result()
-    lightrun.command[-1] = os.environ.get("DOCKER_HOST") or DEFAULT_HOST
+    lightrun.command[-1] = engine_host()
     lightrun.start()
     for run in lightrun.request("GET", "/runs").json():
         assert lightrun.wait(run["id"])["reason"] == "interrupted"

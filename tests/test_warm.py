@@ -23,7 +23,7 @@ import pytest
 
 import lightrun
 from conftest import ROOT, Daemon, DaemonFactory, Receiver, eventually
-from engine import IMAGE, EngineApi, PrivateEngine
+from engine import IMAGE, EngineApi, PrivateEngine, engine_host
 from images import Registry, make_image
 from relay import Relay, unix_socket
 from soak import Counter
@@ -107,7 +107,7 @@ def static_image(engine_api: EngineApi, tmp_path_factory: pytest.TempPathFactory
     """An image that is one program, without a shell."""
     root = tmp_path_factory.mktemp("static")
     shutil.copy(str(shutil.which("busybox")), root / "cat")
-    client = docker.APIClient(version="auto")
+    client = docker.APIClient(engine_host(), version="auto")
     with contextlib.closing(client):
         archive = subprocess.run(["tar", "-C", root, "-c", "."], stdout=subprocess.PIPE, check=True).stdout
         client.import_image_from_data(archive, repository="lightrun/static", tag="latest")
