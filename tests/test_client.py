@@ -802,6 +802,8 @@ def test_what_cannot_be_joined_does_not_come_twice(start: Start, daemon: DaemonF
         process = start("run", *OFFLINE, "--label", "test=join", IMAGE, "--shell", script, on=own, stdout=out)
         assert process.stderr
         assert process.stderr.readline() == b"ready\n"
+        # The engine reads the two streams beside each other.
+        assert eventually(lambda: (tmp_path / "out").read_bytes().endswith(b"\nline 59999\n"))
         own.kill()
         own.start()
         err = process.communicate(timeout=60)[1].decode()
