@@ -100,6 +100,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder.mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     config.option.basetemp = session_folder() / f"{folder.name}-pytest"
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # So a shell starts what runs in the background; children inherit it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

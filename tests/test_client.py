@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import marshal
 import os
 import pty
 import random
@@ -1261,10 +1262,12 @@ def test_the_import_is_light(built: Path, tmp_path: Path) -> None:
         if each != kept:
             each.unlink()
     whole = kept.read_bytes()
+    code = marshal.loads(whole[12:])
     for spoilt in (b"", whole[:100], whole[:-1], b"x" * len(whole)):
         kept.write_bytes(spoilt)
         seconds()
-        assert kept.read_bytes() == whole
+        # The same code, but not always the same bytes: marshal's depend on how often an object is in use (Python 3.10).
+        assert marshal.loads(kept.read_bytes()[12:]) == code
     kept.write_bytes(whole.replace(b"LIGHT_RUN_", b"EVILS_RUN_"))
     kept.chmod(0o666)  # anybody could have written it
     asked = [sys.executable, "-c", path + "print(lightrun.variable_of('x'))"]
