@@ -210,7 +210,11 @@ def test_a_second_network_goes_even_if_it_is_the_one_in_use(daemon: DaemonFactor
     with contextlib.suppress(docker.errors.APIError):
         engine.remove_network(NETWORK)
     options = {"com.docker.network.bridge.enable_icc": "false"}
-    made = [engine.create_network(NETWORK, "bridge", options, check_duplicate=False)["Id"] for _ in range(2)]
+    try:
+        made = [engine.create_network(NETWORK, "bridge", options, check_duplicate=False)["Id"] for _ in range(2)]
+    except docker.errors.APIError as error:
+        assert error.status_code == 409
+        pytest.skip("an engine that makes two networks of one name, as up to API 1.43, is missing")
     user = engine.create_container("lightrun/busybox", ["sleep", "60"])
     try:
         engine.start(user)
