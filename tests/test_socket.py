@@ -15,6 +15,7 @@ from pathlib import Path
 
 import docker
 import pytest
+from docker.utils import version_gte
 
 from conftest import NETWORK, WARNINGS, Daemon, DaemonFactory, eventually
 from engine import IMAGE, UnixConnection
@@ -211,7 +212,7 @@ def test_a_second_network_goes_even_if_it_is_the_one_in_use(daemon: DaemonFactor
         engine.remove_network(NETWORK)
     options = {"com.docker.network.bridge.enable_icc": "false"}
     first = engine.create_network(NETWORK, "bridge", options, check_duplicate=False)["Id"]
-    if docker.utils.version_gte(engine.version()["ApiVersion"], "1.44"):
+    if version_gte(engine.version()["ApiVersion"], "1.44"):
         with pytest.raises(docker.errors.APIError, match="already exists"):
             engine.create_network(NETWORK, "bridge", options, check_duplicate=False)
         pytest.skip("an engine before 25 is missing, which makes two networks of one name")
