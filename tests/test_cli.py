@@ -316,10 +316,10 @@ CLOSED = "unix:///nowhere/engine"
         ({"LIGHT_RUN_DOCKER_HOST": "npipe:////./pipe/x"}, [], 2, "LIGHT_RUN_DOCKER_HOST: must be"),
         ({"DOCKER_CERT_PATH": "/nowhere"}, [], 1, "/nowhere/cert.pem cannot be read: No such file"),
         ({"DOCKER_TLS_VERIFY": "1", "DOCKER_HOST": "tcp://127.0.0.1:1"}, [], 1, ".docker/ca.pem cannot be read: No such file"),
-        ({"DOCKER_CONTEXT": "gone"}, [], 1, "the Docker context 'gone' is in use"),
+        ({"DOCKER_CONTEXT": "gone", "DOCKER_HOST": ""}, [], 1, "the Docker context 'gone' is in use"),
         ({CONFIG: "[]"}, [], 1, f"{CONFIG} is not a configuration"),
         ({CONFIG: "{"}, [], 1, f"{CONFIG} is not JSON"),
-        ({CONFIG: '{"currentContext": "gone"}'}, [], 1, "the Docker context 'gone' is in use"),
+        ({CONFIG: '{"currentContext": "gone"}', "DOCKER_HOST": ""}, [], 1, "the Docker context 'gone' is in use"),
         # Places to keep things
         ({}, ["--state-dir", "/etc/passwd"], 1, "/etc/passwd"),
         ({}, ["--state-dir", "/etc/passwd/below"], 1, "/etc/passwd/below"),
