@@ -40,7 +40,6 @@ import base64
 import collections
 import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import email.message
@@ -10090,6 +10089,8 @@ def serve(settings: Settings) -> int:
 
 def _set_up_process() -> None:
     """Limits of the process. Raises StartError when it may not open enough files."""
+    import ctypes  # not sooner: libffi may keep a file open, which would get the number of a standard stream that is closed
+
     with contextlib.suppress(OSError, AttributeError):  # glibc: else hundreds of threads each hoard what they freed
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
