@@ -8130,28 +8130,37 @@ def _spooling_parser(folder: Path) -> type:
     import waitress.parser
     import waitress.utilities
 
-    class SpoolFile(waitress.buffers.TempfileBasedBuffer):
-        def newfile(self) -> Any:
-            return tempfile.NamedTemporaryFile("w+b", dir=folder, prefix="upload-")
-
     class Spool(waitress.buffers.OverflowableBuffer):
+        file: Any = None
+
         def _set_large_buffer(self) -> None:
-            self.buf: Any = SpoolFile(self.buf)
+            self.file = tempfile.NamedTemporaryFile("w+b", dir=folder, prefix="upload-")  # noqa: SIM115
+            self.buf: Any = waitress.buffers.FileBasedBuffer(self.file, self.buf)
             self.overflowed = True
+
+        def drop(self) -> None:
+            # A close tries again what found no room. Python's own, when the file is forgotten, would show a traceback.
+            if self.file is not None:
+                with contextlib.suppress(OSError):
+                    self.file.close()
 
     class NoRoom(waitress.utilities.Error):
         code, reason = 503, "Service Unavailable"
 
     class Parser(waitress.parser.HTTPRequestParser):
+        spool: Spool | None = None
+
         def parse_header(self, header_plus: bytes) -> None:
             super().parse_header(header_plus)
             if self.body_rcv is not None:
-                self.body_rcv.buf = Spool(self.adj.inbuf_overflow)
+                self.body_rcv.buf = self.spool = Spool(self.adj.inbuf_overflow)
 
         def received(self, data: bytes) -> int:
             try:
                 return int(super().received(data))
             except OSError as error:
+                if self.spool is not None:
+                    self.spool.drop()
                 self.error, self.completed = NoRoom(str(error.strerror)), True
                 return len(data)
 
