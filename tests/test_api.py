@@ -103,10 +103,13 @@ def test_the_final_state(api: Daemon) -> None:
     created, started, finished = (parse_timestamp(state[name]) for name in ("createdAt", "startedAt", "finishedAt"))
     assert before - 0.01 <= created <= started <= finished <= time.time() + 0.01
     assert state["durationMs"] == pytest.approx((finished - created) * 1000, abs=2)
-    assert state["timings"].keys() == {"queue", "pull", "start", "run", "extract"}
-    assert state["timings"]["run"] >= 200
-    assert state["timings"]["run"] <= (finished - started) * 1000 + 1  # as the engine tells both; it notices the exit later
-    assert sum(state["timings"].values()) <= state["durationMs"] + 50
+    timings = state["timings"]
+    assert timings.keys() == {"queue", "pull", "start", "run", "extract"}
+    assert timings["run"] >= 200
+    assert timings["run"] <= (finished - started) * 1000 + 1  # as the engine tells both; it notices the exit later
+    # A busy engine says that it has started a container long after it has.
+    assert timings["queue"] + timings["pull"] + timings["start"] + timings["extract"] <= state["durationMs"] + 2
+    assert timings["run"] + timings["extract"] <= (finished - started) * 1000 + 2
     assert state == api.state(state["id"])
 
 
