@@ -258,7 +258,19 @@ def test_the_same_world(request: pytest.FixtureRequest, pair: tuple[Daemon, Daem
     body = {**fields, "image": request.getfixturevalue(image) if image else IMAGE}
     first = cold.run(**body)
     assert "warm" not in first
-    assert told(warm, run_warm(warm, **body)) == told(cold, first)
+    told_cold, told_warm = told(cold, first), told(warm, run_warm(warm, **body))
+    if fields is PROBES["empty home"] and _runc_version() >= (1, 3):  # which puts the home that it finds behind all else
+        assert told_cold["stdout"].endswith("\0HOME=/root\0")
+        for each in (told_cold, told_warm):
+            each["stdout"] = sorted(each["stdout"].split("\0"))
+    assert told_warm == told_cold
+
+
+def _runc_version() -> tuple[int, ...]:
+    """Of the engine, which need not say it; then it is taken for an old one."""
+    components = json.loads(EngineApi().call("GET", "/version")).get("Components") or []
+    said = next((component["Version"] for component in components if component["Name"] == "runc"), "")
+    return tuple(int(number) for number in re.findall(r"\d+", said)[:2])
 
 
 def test_forty_things_are_compared() -> None:
