@@ -119,8 +119,11 @@ def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -
         release(client, long)
     for run in (long, short):
         state = lightrun.wait(run)
-        assert (state["reason"], state["exitCode"]) == ("exited", 0)
-        assert state["artifacts"] == [{"path": "x", "bytes": 5, "type": "file"}]
+        # Newer engines say 255 of a container that ended while they and their containerd were away.
+        may_be_lost = run == short and not live.api.version().startswith("20.10.")
+        assert (state["reason"], state["exitCode"]) in {("exited", 0), ("exited", 255 if may_be_lost else 0)}
+        if state["exitCode"] == 0:
+            assert state["artifacts"] == [{"path": "x", "bytes": 5, "type": "file"}]
         # What a container wrote is lost to an engine (20.10) that was away at its end.
         assert state["logs"] == ["in", "meanwhile", "end"] or (run == short and state["logsTruncated"]), state
     assert lightrun.wait(queued)["logs"] == ["queued"]
