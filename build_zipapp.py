@@ -1,4 +1,4 @@
-"""Write `lightrun.pyz`: the daemon and everything it imports in one file that any CPython 3.10 to 3.13 runs.
+"""Write `lightrun.pyz`: the daemon and everything it imports in one file that any CPython 3.10 to 3.14 runs.
 
 `python3 build_zipapp.py` needs nothing beside Python but pip, and PyPI once: the wheels that pyproject.toml locks are
 kept in `.cache/wheels`, and the next build works offline. Two builds of one commit are the same bytes, whatever the

@@ -17,7 +17,7 @@ import build_zipapp
 from conftest import ROOT, DaemonFactory
 from lightrun import __version__
 
-VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 SOURCES = ("LICENSE", "build_zipapp.py", "lightrun.py", "pyproject.toml")
 UMASKS = (0o000, 0o022, 0o077)
 EPOCH = 1_000_000_000
