@@ -104,11 +104,12 @@ class Registry:
             self._process = None
 
     def pulls(self) -> int:
-        """How often it was asked for a manifest. That is logged after the answer, but before the registry ends."""
+        """How often it was asked for a manifest by its tag: newer engines ask for one by its digest only when they do not have
+        it. That is logged after the answer, but before the registry ends."""
         self.stop()
         log = (self.folder / "log").read_text()
         self.start()
-        return len(re.findall(r'"(?:GET|HEAD) /v2/\S+/manifests/', log))
+        return len(re.findall(r'"(?:GET|HEAD) /v2/\S+/manifests/(?!sha256:)', log))
 
     def close(self) -> None:
         """Stop it and remove its folder, and from the engines the names that `push` gave."""
