@@ -550,7 +550,8 @@ OPTIONS: list[tuple[str, str, Any]] = [
     ("callback_allow", "h", ("h",)),
     ("docker_host", "unix:///d", "unix:///d"), ("docker_host", "tcp://h:1", "tcp://h:1"), ("log_format", "json", "json"),
     ("access_log", "off", "off"), ("trust_proxy", "10.0.0.0/8", ("10.0.0.0/8",)), ("trust_proxy", "unix", ("unix",)),
-    ("trust_proxy", "::1", ("::1",)),
+    ("trust_proxy", "::1", ("::1",)), ("node", "a", "a"), ("node", "n-" + "1" * 61, "n-" + "1" * 61), ("leave", "0s", 0.0),
+    ("leave", "3s", 3.0),
 ]  # fmt: skip
 
 BAD_OPTIONS: list[tuple[str, str]] = [
@@ -568,6 +569,8 @@ BAD_OPTIONS: list[tuple[str, str]] = [
     ("access_log", "no"), ("trust_proxy", "here"), ("trust_proxy", "10.0.0.1/8"),
     ("log_format", "xml"), ("queue", "-1"), ("token", ""), ("token_file", ""), ("host", ""), ("runtime", ""),
     *[("docker_host", value) for value in ("", "x", "ssh://x")],
+    *[("node", value) for value in ("", "A", "-a", "a-", "a_b", "a.b", "a" * 64)],
+    *[("leave", value) for value in ("", "10", "-1s", "x")],
 ]  # fmt: skip
 
 
