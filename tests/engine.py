@@ -437,18 +437,27 @@ class PrivateEngine:
     def start(self) -> None:
         """Start dockerd and wait until it answers."""
         assert self._dockerd is None, "the private engine is running"
-        arguments = ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
-        arguments += ["--pidfile", f"{self.folder}/pid", "--host", self.host, *self.options]
+        inside = ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "--root", "--wd=/"]
         with (self.folder / "log").open("ab") as log:
             self._dockerd = process = subprocess.Popen(
-                ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "--root", "dockerd", *arguments],
+                [*inside, *self._command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 # containerd leaves its stacks in TMPDIR when it is killed
                 env={**ENGINE_ENVIRONMENT, **os.environ, "TMPDIR": str(self.folder)},
             )
-        _wait(self.api.alive, lambda: process.poll() is not None, "the private dockerd", lambda: self.log()[-2000:])
+        _wait(self.api.alive, lambda: process.poll() is not None, "the private engine", lambda: self.log()[-2000:])
+
+    def _command(self) -> list[str]:
+        """What to start."""
+        arguments = ["--data-root", f"{self.folder}/data", "--exec-root", f"{self.folder}/exec"]
+        return ["dockerd", *arguments, "--pidfile", f"{self.folder}/pid", "--host", self.host, *self.options]
+
+    def _preparation(self) -> str:
+        """What a shell does first in the namespaces. /run is hidden by an empty one, since containerd's shims and iptables'
+        lock have fixed places there."""
+        return "mount -t tmpfs tmpfs /run"
 
     def stop(self, timeout: float = 60) -> None:
         """SIGTERM, and wait for the end. Containers end with it, unless it was started with --live-restore."""
@@ -489,11 +498,8 @@ class PrivateEngine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_namespaces(self) -> None:
-        """Start the process whose end ends the namespaces: docker's own init, which also reaps what dockerd leaves.
-
-        /run is hidden by an empty one, since containerd's shims and iptables' lock have fixed places there.
-        """
-        script = "mount -t tmpfs tmpfs /run && ip link set lo up && touch /run/ready && exec sleep infinity"
+        """Start the process whose end ends the namespaces: docker's own init, which also reaps what dockerd leaves."""
+        script = f"{self._preparation()} && ip link set lo up && touch /run/ready && exec sleep infinity"
         init = ["docker-init", "-s", "--"]
         self._holder = subprocess.Popen(
             ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", *init, "sh", "-c", script],

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote, urlencode
 
-import bcrypt
-
 from engine import DEFAULTS, IMAGE_RECIPE, RECIPE_LABEL, EngineApi, EngineError, find_busybox, root_filesystem
 
 USER_ID_IMAGE = "lightrun/busybox-uid:latest"
@@ -146,6 +144,8 @@ class Registry:
             "http": {"addr": self.address, "draintimeout": "10s"},
         }
         if self.user:
+            import bcrypt  # which the scripts that run from nothing do without
+
             hashed = bcrypt.hashpw(self.password.encode(), bcrypt.gensalt(4))
             (self.folder / "htpasswd").write_bytes(self.user.encode() + b":" + hashed + b"\n")
             configuration["auth"] = {"htpasswd": {"realm": "tests", "path": str(self.folder / "htpasswd")}}
