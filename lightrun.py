@@ -2807,6 +2807,7 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]], folder: str =
 LABEL_STATE, LABEL_RUN = "lightrun.state", "lightrun.run"
 NETWORK = "lightrun"
 NETWORK_OPTIONS = {"com.docker.network.bridge.enable_icc": "false"}
+OWN_NETWORK_OPTIONS = {"isolate": "true"}  # from other networks that have it
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
 GO_MODE_FOLDER, GO_MODE_LINK = 1 << 31, 1 << 27  # of Go's fs.FileMode, in X-Docker-Container-Path-Stat
 TCP_OPTIONS = {  # a far side that has gone without a word is noticed within a minute (tcp(7))
@@ -2816,6 +2817,7 @@ TCP_OPTIONS = {  # a far side that has gone without a word is noticed within a m
 }
 GO_MODE_OTHER = 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19  # devices, pipes, sockets, anything else
 BOTH_STREAMS = {"stdout": 1, "stderr": 1}
+WRONG_STATE = "container state improper"  # why Podman refuses what Docker calls a conflict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2836,6 +2838,24 @@ class Image:
     def has(self, name: str) -> bool:
         """Whether its environment has this variable."""
         return any(each.startswith(f"{name}=") for each in self.env)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What an engine does in its own way: how it keeps its copy of a container's output; whether it tells when that has
+    rotated, keeps the containers of one bridge apart, and leaves users other than root without the capabilities that are
+    added."""
+
+    log_driver: str
+    tells_rotation: bool
+    keeps_apart: bool
+    drops_ambient: bool
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Traits:
+        """By `/info`; its library for builds is what only Podman tells there."""
+        docker = "BuildahVersion" not in about
+        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", docker, docker, docker)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3359,19 +3379,22 @@ class Engine:
             if response.status not in (expected or (200,)):
                 if method == "HEAD" and "Api-Version" in response.headers:  # which has no body, and no words
                     raise Refused(response.status, response.reason)
-                message = json.loads(response.read(MAX_ANSWER_BYTES))["message"]  # which only an engine says like this
+                said = json.loads(response.read(MAX_ANSWER_BYTES))
+                message = said["message"]  # which only an engine says like this
                 if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
                     raise ValueError("not an engine's answer")
-                raise Refused(response.status, message)
+                raise Refused(409 if said.get("cause") == WRONG_STATE else response.status, message)
             if response.headers.get_content_type() == "text/html":
                 raise ValueError("a page")
             opened.pop_all()
             return Reply(wire, response)
 
     def _versioned(self, path: str) -> str:
-        if path != "/version" and not self._shared.api:
+        if path == "/version" or path.startswith("/v4"):
+            return path
+        if not self._shared.api:
             self.version()
-        return path if path == "/version" else f"/v{self._shared.api}{path}"
+        return f"/v{self._shared.api}{path}"
 
     @asked_to("tell its version")
     def version(self) -> dict[str, str]:
@@ -3389,14 +3412,22 @@ class Engine:
             self._shared.about = dict(self._call("GET", "/info", seconds=HEALTH_SECONDS).json())
         return self._shared.about  # type: ignore[no-any-return]
 
+    @property
+    @asked_to("tell what it has")
+    def traits(self) -> Traits:
+        """What it does in its own way, as long as it was not away."""
+        return Traits.of(self.about())
+
     @asked_to("tell what it has")
     def check_limits(self) -> None:
         """Raises StartError for an option that this engine cannot give, and warns of what it does not do as one would think."""
         about = self.about()
+        rootless = "name=rootless" in about["SecurityOptions"]
+        if rootless and str(about.get("CgroupVersion")) == "1":  # whatever it says of that: Podman claims that it can
+            raise StartError("a rootless engine limits nothing on cgroup v1; it needs v2")
         for name, kept in {"memory": "MemoryLimit", "cpus": "CpuCfsQuota", "pids": "PidsLimit"}.items():
             if not about.get(kept, True):
-                why = "; a rootless engine needs cgroup v2 for that" if "name=rootless" in about["SecurityOptions"] else ""
-                raise StartError(f"--{name}: the engine cannot limit that (its {kept} is false{why})")
+                raise StartError(f"--{name}: the engine cannot limit that (its {kept} is false)")
         if not about.get("SwapLimit", True):
             log.warning("the engine does not limit swap: runs may use it beyond their memory")
         if self._settings.cpus > about["NCPU"]:
@@ -3438,14 +3469,29 @@ class Engine:
                     raise EngineError(f"the engine cannot pull the image: {event['error']}")
                 yield event
 
-    def _network_mode(self, name: str | None) -> str:
+    def _network_mode(self, run_id: str, name: str | None) -> str:
         """What a run's `network` means to the engine; a named one must be just that, not an id or the host's."""
         if name is None:
-            return self._isolated_network()
+            return self._isolated_network() if self.traits.keeps_apart else self._own_network(run_id)
         if name != "none":
             about = self._call("GET", f"/networks/{name}").json()
             if about["Name"] != name or about["Driver"] in {"host", "null"}:
                 raise EngineMissing(f"there is no network named {name} that a run may use")
+        return name
+
+    @asked_to("make a network for the run (with network none it needs none)")
+    def _own_network(self, run_id: str) -> str:
+        """A bridge for one container, under its name, which goes with it; for Podman, which keeps bridges apart that ask for it,
+        by a call of its own. Source: docs.podman.io/en/latest/_static/api.html, NetworkCreateLibpod."""
+        name, labels = container_name(run_id), {LABEL_STATE: self._state_id, LABEL_RUN: run_id}
+        about = {"name": name, "driver": "bridge", "options": OWN_NETWORK_OPTIONS, "labels": labels, "dns_enabled": True}
+        try:
+            made = self._call("POST", "/v4.0.0/libpod/networks/create", body=about).json()
+            if made["options"] != OWN_NETWORK_OPTIONS:
+                raise EngineError("the engine does not keep networks apart; use network none")
+        except Refused as error:
+            if "already exists" not in str(error):  # of an earlier try
+                raise
         return name
 
     @asked_to("make the network")
@@ -3502,7 +3548,7 @@ class Engine:
             "OpenStdin": request.stdin is not None or request.waits,  # a shim waits for what nobody sends
             "StdinOnce": request.stdin is not None,
             "Healthcheck": {"Test": ["NONE"]},  # an image's own would run beside the run
-            "HostConfig": self._host_config(request) | ({"CgroupParent": parent} if parent else {}),
+            "HostConfig": self._host_config(run_id, image, request) | ({"CgroupParent": parent} if parent else {}),
         }
         if request.command is not None:
             config |= {"Entrypoint": request.command, "Cmd": []}
@@ -3514,12 +3560,13 @@ class Engine:
                 raise EngineAbsent("the engine is still at an earlier try to create the container") from error
             raise
 
-    def _host_config(self, request: RunRequest) -> dict[str, Any]:
-        copy_bytes = COPY_FACTOR * self._settings.log_limit
+    def _host_config(self, run_id: str, image: Image, request: RunRequest) -> dict[str, Any]:
+        traits = self.traits
+        copy = {"max-size": str(COPY_FACTOR * self._settings.log_limit), "max-file": "2", "compress": "false"}
         limits = {"core": 0, "fsize": self._settings.file_size if request.file_size is None else request.file_size}
         return {
             "CapDrop": ["ALL"],
-            "CapAdd": CAPABILITIES,
+            "CapAdd": CAPABILITIES if image.root or traits.drops_ambient else [],
             "SecurityOpt": ["no-new-privileges"],
             "Privileged": False,
             "Init": True,
@@ -3529,8 +3576,8 @@ class Engine:
             "NanoCpus": round(request.cpus * 1e9),
             "PidsLimit": request.pids,
             "Ulimits": [{"Name": name, "Soft": most, "Hard": most} for name, most in limits.items() if most is not None],
-            "NetworkMode": self._network_mode(request.network),
-            "LogConfig": {"Type": "local", "Config": {"max-size": str(copy_bytes), "max-file": "2", "compress": "false"}},
+            "NetworkMode": self._network_mode(run_id, request.network),
+            "LogConfig": {"Type": traits.log_driver, "Config": copy},
             **({"Runtime": self._settings.runtime} if self._settings.runtime else {}),
         }
 
@@ -3730,21 +3777,30 @@ class Engine:
 
     @asked_to("remove the container")
     def remove(self, container: str) -> None:
-        """Remove a container, running or not, with its anonymous volumes; gone already is as good."""
+        """Remove a container by its name, running or not, with its anonymous volumes and its network if it has one of its own;
+        gone already is as good."""
+        self._remove(f"/containers/{container}", v=1, force=1)
+        if not self.traits.keeps_apart:
+            self._remove(f"/networks/{container}")
+
+    def _remove(self, path: str, **query: int) -> None:
         try:
-            self._call("DELETE", f"/containers/{container}", 204, query={"v": 1, "force": 1}, seconds=REMOVE_SECONDS).nothing()
+            self._call("DELETE", path, 200, 204, query=query, seconds=REMOVE_SECONDS).nothing()
         except Refused as error:
             if error.status != 404:
                 raise
 
     @asked_to("list the containers")
-    def containers(self) -> list[tuple[str, str]]:
-        """Id and run id of every container of this state dir."""
+    def left(self) -> set[str]:
+        """Run ids of all containers of this state dir, and of networks of their own."""
         query = {"all": 1, "filters": json.dumps({"label": [f"{LABEL_STATE}={self._state_id}"]})}
         found = self._call("GET", "/containers/json", query=query).json()
-        runs = [(about["Id"], about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
+        runs = [(about["Labels"].get(LABEL_RUN, ""), about["Names"]) for about in found]
+        if not self.traits.keeps_apart:
+            networks = self._call("GET", "/networks", query=query).json()
+            runs += [(about["Labels"].get(LABEL_RUN, ""), [f"/{about['Name']}"]) for about in networks]
         # An image can carry any label, and somebody else may run it; but the name is ours alone.
-        return [(container, run_id) for container, run_id, names in runs if names == [f"/{container_name(run_id)}"]]
+        return {run_id for run_id, names in runs if names == [f"/{container_name(run_id)}"]}
 
 
 def container_name(run_id: str) -> str:
@@ -5945,7 +6001,7 @@ class Runner:
                 return
             job.touched = True
             job.slot = job.slot or self.slots.take()
-            job.container = engine.create(job.run.id, image, request, job.slot.parent if job.slot else "")
+            engine.create(job.run.id, image, request, job.slot.parent if job.slot else "")
             self._put(job, engine, image)
             job.hear(Hearing.LIVE, engine.attach(job.container))
             job.stdin = None if request.stdin is None else engine.open_stdin(job.container)
@@ -6412,15 +6468,14 @@ class Runner:
 
     def _complete_log(self, job: Job, engine: Engine) -> None:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
-
-        whole = True
-        if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed):
-            try:
+        try:
+            whole = not job.taken_up or engine.traits.tells_rotation
+            if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed):
                 copy_output = functools.partial(engine.kept_output, job.container, follow=False)
                 self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=1 if job.dropped else MAX_TRIES)
-            except EngineError as error:
-                log.warning("run %s: %s", job.run.id, error)
-                whole = False
+        except EngineError as error:
+            log.warning("run %s: %s", job.run.id, error)
+            whole = False
         job.run.logs_truncated = job.in_doubt or not whole
 
     def _extract(self, job: Job, engine: Engine) -> dict[str, Any]:
@@ -7144,10 +7199,10 @@ class Keeper:
     def _sweep(self, in_progress: Callable[[str], Any]) -> int:
         """Remove what no run in progress has; how many could not be. One that cannot be removed stops no other."""
         left = 0
-        for container, run_id in self._engine.containers():
+        for run_id in self._engine.left():
             if not in_progress(run_id):
                 try:
-                    self._engine.remove(container)
+                    self._engine.remove(container_name(run_id))
                 except EngineError as error:
                     log.warning("container of run %s: %s", run_id, error)
                     left += 1

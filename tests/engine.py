@@ -432,12 +432,12 @@ class PrivateEngine:
     def pid(self) -> int:
         """The process id of dockerd as this process sees it (its parent is `nsenter`)."""
         assert self._dockerd is not None, "the private engine is not running"
-        return _children(self._dockerd.pid)[0]
+        return children(self._dockerd.pid)[0]
 
     def start(self) -> None:
         """Start dockerd and wait until it answers."""
         assert self._dockerd is None, "the private engine is running"
-        inside = ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "--root", "--wd=/"]
+        inside = ["nsenter", "-t", str(self._init_pid()), "--net", "--mount", "--pid", "--root"]
         with (self.folder / "log").open("ab") as log:
             self._dockerd = process = subprocess.Popen(
                 [*inside, *self._command()],
@@ -522,10 +522,10 @@ class PrivateEngine:
 
     def _init_pid(self) -> int:
         assert self._holder is not None, "the private engine is closed"
-        children = _children(self._holder.pid)
-        if not children:
+        found = children(self._holder.pid)
+        if not found:
             raise EngineError("the private engine's namespaces are gone")
-        return children[0]
+        return found[0]
 
     def _end(self, signum: signal.Signals, timeout: float) -> None:
         assert self._dockerd is not None, "the private engine is not running"
@@ -543,7 +543,7 @@ class PrivateEngine:
                     Path(parent, name).rmdir()
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     """The direct children of a process."""
     return [child for child, parent in _processes() if parent == pid]
 

@@ -35,7 +35,7 @@ README, PYZ = ROOT / "README.md", ROOT / "lightrun.pyz"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightrun-engines"
 PACKAGES = (
     "aardvark-dns", "ca-certificates", "catatonit", "dbus-user-session", "docker.io", "fuse-overlayfs", "iproute2", "iptables",
-    "netavark", "podman", "procps", "python3", "rootlesskit", "runc", "slirp4netns", "uidmap",
+    "netavark", "nftables", "podman", "procps", "python3", "rootlesskit", "runc", "slirp4netns", "uidmap",
 )  # fmt: skip
 TOOLS = {"busybox-static": "busybox", "debootstrap": "debootstrap", "iproute2": "ip", "tini": "docker-init"}
 USER = 1000  # of rootless engines
@@ -148,7 +148,12 @@ class HousedEngine(PrivateEngine):
             f"HOME={here}/home", *([f"XDG_RUNTIME_DIR=/run/user/{USER}"] if self.kind.rootless else []),
         ]  # fmt: skip
         drop = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"] if self.kind.rootless else []
-        return [*drop, "env", *environment, *command]
+        return [*drop, "env", "--chdir=/", *environment, *command]
+
+    def beside(self) -> list[str]:
+        """What to put before a command that is to see the engine's processes, as one beside it on its machine would."""
+        seen = ["nsenter", "-t", str(self._init_pid()), "--pid", "unshare", "--mount-proc"]
+        return [*seen, "setpriv", "--pdeathsig", "KILL"]
 
     def close(self) -> None:
         """Take it down, with the cgroups that its containers leave behind."""
@@ -197,8 +202,9 @@ def describe(api: EngineApi) -> tuple[str, str]:
 def smoke_engine(name: str, fresh: bool) -> Row:
     """Bring an engine up, smoke it and take it down."""
     try:
-        with HousedEngine(KINDS[name], fresh) as engine:
-            return smoked(name, describe(engine.api), engine.host, [sys.executable])
+        engine = HousedEngine(KINDS[name], fresh)
+        with engine:
+            return smoked(name, describe(engine.api), engine.host, [*engine.beside(), sys.executable])
     except EngineError as error:
         return Row(name, ("none", "none"), {}, f"does not start here: {last_words(str(error))}")
 
