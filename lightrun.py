@@ -2817,6 +2817,7 @@ TCP_OPTIONS = {  # a far side that has gone without a word is noticed within a m
 }
 GO_MODE_OTHER = 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19  # devices, pipes, sockets, anything else
 BOTH_STREAMS = {"stdout": 1, "stderr": 1}
+GO_ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}  # as Podman tells them, to what Docker and Linux call them
 WRONG_STATE = "container state improper"  # why Podman refuses what Docker calls a conflict
 
 
@@ -2842,20 +2843,20 @@ class Image:
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """What an engine does in its own way: how it keeps its copy of a container's output; whether it tells when that has
-    rotated, keeps the containers of one bridge apart, and leaves users other than root without the capabilities that are
-    added."""
+    """What an engine does in its own way, as Docker does it or as Podman does."""
 
-    log_driver: str
-    tells_rotation: bool
-    keeps_apart: bool
-    drops_ambient: bool
+    log_driver: str  # that keeps its copy of a container's output, within a bound
+    tells_rotation: bool  # whether that copy, of all but its oldest part, is told from a whole one
+    keeps_apart: bool  # whether it keeps the containers of one bridge apart; else it can do so with bridges
+    drops_ambient: bool  # whether users other than root do not get the capabilities that are added
+    makes_workdir: bool  # whether the workdir is there when the container is created, and not only when it is started
+    splits_attach: bool  # whether a connection for stdin need not take the output too, and ends no earlier than the container
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Traits:
-        """By `/info`; its library for builds is what only Podman tells there."""
+        """By `/info`, where only Podman tells of its library for builds."""
         docker = "BuildahVersion" not in about
-        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", docker, docker, docker)
+        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", *[docker] * 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3663,7 +3664,8 @@ class Engine:
     def open_stdin(self, container: str) -> Reply:
         """A connection to the container's stdin; the end of it is the end of file. A program that does not read makes it
         wait as long as it runs."""
-        reply = self._attach(container, {"stdin": 1}, {"Connection": "Upgrade", "Upgrade": "tcp"}).streamed(math.inf)
+        query = {"stdin": 1} if self.traits.splits_attach else {"stdin": 1, **BOTH_STREAMS}
+        reply = self._attach(container, query, {"Connection": "Upgrade", "Upgrade": "tcp"}).streamed(math.inf)
         reply.wire.patience = None
         return reply
 
@@ -3676,7 +3678,7 @@ class Engine:
         """What the shim is made for; None on an architecture without one."""
         if not (architecture := self.about().get("Architecture")):
             raise EngineAbsent("the engine does not tell its architecture")
-        return MACHINES.get(architecture)
+        return MACHINES.get(GO_ARCHITECTURES.get(architecture, architecture))
 
     @asked_to("start the container")
     def start(self, container: str) -> None:
@@ -3873,8 +3875,15 @@ class Layout:
         return self._fact(image, "user", look)
 
     def made(self, engine: Engine, container: str, image: Image, workdir: str) -> list[str]:
-        """What of the way to the workdir the engine has made, since the image has it not, when it made a container with it."""
-        return self._fact(image, f"made {workdir}", lambda: sorted(engine.added(container)))
+        """What of the way to the workdir the engine makes, since the image has it not, in a container made with it."""
+
+        def look() -> list[str]:
+            if engine.traits.makes_workdir:
+                return sorted(engine.added(container))
+            ways = [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]] if folder]
+            return [way for way in ways if self.standing(engine, container, image, way) is Standing.NOTHING]
+
+        return self._fact(image, f"made {workdir}", look)
 
     def standing(self, engine: Engine, container: str, image: Image, path: str) -> Standing:
         """What an image has at a path."""
@@ -6167,13 +6176,22 @@ class Runner:
 
     def _feed(self, job: Job) -> None:
         """Have the stdin of a started run written, by a thread of its own; let go of what the run's start needed."""
+        mixed = job.hand_out is None and not self._engine.traits.splits_attach
         data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None, tar=None)  # may be large
         if not isinstance(data, Reference):
             job.held.close()
         if job.stdin and data is not None:
             threading.Thread(target=self._write_stdin, args=(job, job.stdin, data), name="stdin", daemon=True).start()
+            if mixed:
+                threading.Thread(target=self._ignore, args=(job.stdin,), name="stdin", daemon=True).start()
         elif not job.fed:  # by an earlier daemon, and not whole: the program may take that for the end of its input
             job.ask(Ask("interrupted"))
+
+    @staticmethod
+    def _ignore(stdin: Reply) -> None:
+        """Take the output that comes on a connection for stdin: an engine may stop a program whose output nobody takes."""
+        with contextlib.suppress(OSError):
+            stdin.wire.drain()
 
     def _write_stdin(self, job: Job, stdin: Reply, data: Content) -> None:
         """Write a run's stdin. An engine takes it, or waits, as long as the container runs, so that a connection that breaks
@@ -6452,7 +6470,8 @@ class Runner:
             return job.taken
         if job.taken_up and not job.fed and job.stdin is None:  # it may have taken the loss for the end of its input
             return "interrupted"
-        if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift):
+        slack = 0 if engine.traits.splits_attach else 1
+        if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift - slack):
             return "engine_error"
         return "oom" if state.oom_killed and state.exit_code else "exited"
 

@@ -154,7 +154,7 @@ def eventually(condition: Callable[[], Any], what: str) -> None:
     late = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < late, f"not within {SECONDS:.0f} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def expect(state: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -574,8 +574,9 @@ def _last(at: Lightrun, api: EngineApi, own: str, networks: set[str], volumes: s
         left[:] = [*_containers(api, own), *(_networks(api) - networks - {"lightrun"}), *(_volumes(api) - volumes)]
         return not left
 
-    with contextlib.suppress(AssertionError):
+    with contextlib.suppress(AssertionError):  # what a run has goes after its end, and a warm container waits
         eventually(lambda: not jsonlib.loads(at.get("/runs?status=running")), "no run goes on")
+        eventually(lambda: len(_containers(api, own)) <= 1, "their containers are gone")
     code = at.stop()
     try:
         eventually(clean, "containers, networks, volumes")
