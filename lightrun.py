@@ -2851,12 +2851,13 @@ class Traits:
     drops_ambient: bool  # whether users other than root do not get the capabilities that are added
     makes_workdir: bool  # whether the workdir is there when the container is created, and not only when it is started
     splits_attach: bool  # whether a connection for stdin need not take the output too, and ends no earlier than the container
+    orders_environment: bool  # whether a container's variables come in an order that can be told
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Traits:
         """By `/info`, where only Podman tells of its library for builds."""
         docker = "BuildahVersion" not in about
-        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", *[docker] * 5)
+        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", *[docker] * 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -4440,14 +4441,15 @@ def is_fed_before(stdin: Content | None) -> bool:
     return stdin is None or (isinstance(stdin, bytes) and len(stdin) <= PIPE_BYTES)
 
 
-def container_environment(image: Image, hostname: str, home: str, env: Mapping[str, str]) -> list[str]:
+def container_environment(image: Image, hostname: str, given: Mapping[str, str], env: Mapping[str, str]) -> list[str]:
     """The environment of a container's program, in its order: what the engine sets, what the request and then the image say,
-    and the home that the runtime adds when there is none. Sources: moby, CreateDaemonEnvironment; runc, setupUser."""
-    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname}
+    and the home that the runtime adds when there is none; that, and what an engine of another kind sets, are `given`. Sources:
+    moby, CreateDaemonEnvironment; runc, setupUser."""
+    merged = {"PATH": DEFAULT_PATH, "HOSTNAME": hostname} | {name: given[name] for name in given if name != "HOME"}
     merged |= env
     merged |= {name: value for name, _, value in (each.partition("=") for each in image.env) if name not in env}
     if not merged.get("HOME"):
-        merged["HOME"] = home
+        merged["HOME"] = given["HOME"]
     return [f"{name}={value}" for name, value in merged.items()]
 
 
@@ -4481,7 +4483,7 @@ class Warm:
     container: str
     pool: Pool
     image: Image
-    home: str
+    given: Mapping[str, str]
     slot: Slot | None
     output: Reply
     copy: Reply  # the engine's copy of it, from its beginning
@@ -4563,7 +4565,7 @@ class Pools:
         self._ids: set[str] = set()  # of all that are being made, wait, or were handed out
         self.counts: collections.Counter[str] = collections.Counter()
         self._images: dict[str, str] = {}  # today's id of each pool's
-        self._homes: dict[str, str | None] = {}  # of the users of images; None where the environment is not the one we know
+        self._given: dict[str, dict[str, str] | None] = {}  # variables, by image; None where it is no environment that we know
         self._news = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="warm", daemon=True)
@@ -4634,7 +4636,7 @@ class Pools:
         """Send a run to a warm container, with what a Layout has planned, and `record` that before the last frame; false when
         it did not get all of that, so that no program has begun."""
         assert self._machine
-        environment = container_environment(warm.image, warm.container[:12], warm.home, request.env)
+        environment = container_environment(warm.image, warm.container[:12], warm.given, request.env)
         argv, last = request.command or warm.image.command, b""
         try:
             for frame in hand_out_frames(
@@ -4723,15 +4725,15 @@ class Pools:
             self._ready = [warm for warm in self._ready if warm not in stale]
         for warm in stale:
             self.discard(warm)
-        home = self._home(pool, image)
-        while home is not None and not self._ending.is_set():
+        given = self._variables(pool, image)
+        while given is not None and not self._ending.is_set():
             with self._lock:
                 if sum(warm.pool is pool for warm in self._ready) >= pool.count:
                     return
             if self._is_busy():
                 time.sleep(DISCONNECT_POLL_SECONDS)
                 continue
-            warm = self._make(pool, image, home)
+            warm = self._make(pool, image, given)
             with self._lock:
                 if not self._ending.is_set():
                     self._ready.append(warm)
@@ -4748,12 +4750,12 @@ class Pools:
                 pass
             return self._engine.image(reference)
 
-    def _home(self, pool: Pool, image: Image) -> str | None:
-        """The home that the runtime gives to an image's user, told by a shim that never becomes another program; None when its
-        environment is another one than we would give to a run."""
-        if image.id not in self._homes:
+    def _variables(self, pool: Pool, image: Image) -> dict[str, str] | None:
+        """What the runtime and the engine give to an image's user, HOME above all, told by a shim that never becomes another
+        program; None when its environment is another one than we would give to a run."""
+        if image.id not in self._given:
             assert self._machine
-            probe, told = self._make(pool, image, ""), b""
+            probe, told = self._make(pool, image, {}), b""
             try:
                 room = SHIM_BASE + SHIM_ROOM // 2
                 calls = [("openat", 3, AT_FDCWD, b"/proc/self/environ\0", 0), ("read", 1, 3, room, 64 * KIB - 1)]
@@ -4764,14 +4766,17 @@ class Pools:
             finally:
                 self.discard(probe)
             has = [each.decode("utf-8", "surrogateescape") for each in told.partition(b"\0\0")[0].split(b"\0")]
-            home = next((each[5:] for each in has if each.startswith("HOME=")), "")
-            same = len(told) == 64 * KIB and has == container_environment(image, probe.container[:12], home, {})
-            self._homes[image.id] = home if same else None
+            found = {name: value for name, _, value in (each.partition("=") for each in has)}
+            given = {name: found[name] for name in found if name not in {"PATH", "HOSTNAME"} and not image.has(name)}
+            given["HOME"] = found.get("HOME", "")
+            ours, ordered = container_environment(image, probe.container[:12], given, {}), self._engine.traits.orders_environment
+            same = len(told) == 64 * KIB and (ours == has if ordered else sorted(ours) == sorted(has))
+            self._given[image.id] = given if same else None
             if not same:
                 log.warning("--warm %s: runs start cold: its environment is not one that lightrun knows how to give", pool.image)
-        return self._homes[image.id]
+        return self._given[image.id]
 
-    def _make(self, pool: Pool, image: Image, home: str) -> Warm:
+    def _make(self, pool: Pool, image: Image, given: Mapping[str, str]) -> Warm:
         """create, put, attach, start: a container whose program is the shim."""
         machine = self._machine
         assert machine
@@ -4797,7 +4802,7 @@ class Pools:
                 raise EngineError("a warm container has ended before it was used")
             copy = opened.enter_context(contextlib.closing(self._engine.kept_output(container, follow=True)))
             opened.pop_all()
-            return Warm(run_id, container, pool, image, home, slot, output, copy, (sent, answered, state.started))
+            return Warm(run_id, container, pool, image, given, slot, output, copy, (sent, answered, state.started))
         except BaseException:
             opened.close()
             self._drop(run_id, slot)
