@@ -19,6 +19,7 @@ import datetime
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,18 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 [network]
 network_backend = "netavark"
+[engine.runtimes]
+runc = ["{}/runc"]
+"""
+# Old Podman asks for more files and processes than even root may have on a machine that keeps CAP_SYS_RESOURCE from it.
+RUNC = """\
+#!/bin/sh
+for each; do
+    test -f "$each/config.json" || continue
+    sed -i 's/"RLIMIT_NOFILE","hard":1048576,"soft":1048576/"RLIMIT_NOFILE","hard":{0},"soft":{0}/
+        s/"RLIMIT_NPROC","hard":1048576,"soft":1048576/"RLIMIT_NPROC","hard":{1},"soft":{1}/' "$each/config.json"
+done
+exec /usr/bin/runc "$@"
 """
 
 
@@ -106,7 +119,11 @@ class HousedEngine(PrivateEngine):
         self.folder.chmod(0o755)
         for name in ("home", "data"):
             os.chown(self.folder / name, USER, USER) if kind.rootless else None
-        (self.folder / "containers.conf").write_text(CONTAINERS_CONF)
+        (self.folder / "containers.conf").write_text(CONTAINERS_CONF.format(self.folder))
+        limits = [resource.getrlimit(each)[1] for each in (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC)]
+        most = [1048576 if limit == resource.RLIM_INFINITY else min(limit, 1048576) for limit in limits]
+        (self.folder / "runc").write_text(RUNC.format(*most))
+        (self.folder / "runc").chmod(0o755)
 
     def _preparation(self) -> str:
         root, here = f"{self.folder}/root", str(self.folder)
