@@ -2852,12 +2852,13 @@ class Traits:
     makes_workdir: bool  # whether the workdir is there when the container is created, and not only when it is started
     splits_attach: bool  # whether a connection for stdin need not take the output too, and ends no earlier than the container
     orders_environment: bool  # whether a container's variables come in an order that can be told
+    answers_early: bool  # whether its answer of a log to be followed begins before the log
 
     @classmethod
     def of(cls, about: Mapping[str, Any]) -> Traits:
         """By `/info`, where only Podman tells of its library for builds."""
         docker = "BuildahVersion" not in about
-        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", *[docker] * 6)
+        return cls("local" if docker or "local" in about["Plugins"]["Log"] else "json-file", *[docker] * 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -3029,7 +3030,7 @@ class Wire:
 
     def read1(self, count: int) -> bytes:
         """What there is, at least a byte; b"" at the end."""
-        if not self._buffer:
+        if count and not self._buffer:
             self._fill()
         return self._take(count)
 
@@ -3170,6 +3171,8 @@ class Reply:
     def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
         """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
         EngineAbsent."""
+        if self._response.length == 0:  # as Podman says of a log without a line
+            return b""
         chunk = getattr(self._response, "chunk_left", None)  # between two chunks stand the end of one and the size of another
         lines = 0 if chunk or not self._response.chunked else 1 if chunk is None else 2
         return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
@@ -4486,7 +4489,7 @@ class Warm:
     given: Mapping[str, str]
     slot: Slot | None
     output: Reply
-    copy: Reply  # the engine's copy of it, from its beginning
+    copy: Reply | None  # the engine's copy of it, from its beginning
     started: tuple[float, float, float]
     clock: float = dataclasses.field(default_factory=lambda: time.time() - time.monotonic())
 
@@ -4500,8 +4503,8 @@ class Warm:
 
     def close(self) -> None:
         """Let go of its streams; that ends it."""
-        self.output.close()
-        self.copy.close()
+        for stream in filter(None, (self.output, self.copy)):
+            stream.close()
 
 
 class Deaths:
@@ -4800,7 +4803,9 @@ class Pools:
             answered, state = time.monotonic(), self._engine.inspect(container)
             if not state.running or state.started is None:
                 raise EngineError("a warm container has ended before it was used")
-            copy = opened.enter_context(contextlib.closing(self._engine.kept_output(container, follow=True)))
+            copy = None
+            if self._engine.traits.answers_early:
+                copy = opened.enter_context(contextlib.closing(self._engine.kept_output(container, follow=True)))
             opened.pop_all()
             return Warm(run_id, container, pool, image, given, slot, output, copy, (sent, answered, state.started))
         except BaseException:
@@ -6102,7 +6107,9 @@ class Runner:
             job.begun = True
 
         wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
-        wire.patience = warm.copy.wire.patience = job.patience
+        wire.patience = job.patience
+        if warm.copy:
+            warm.copy.wire.patience = job.patience
         whole = self.pools.hand_out(warm, job.request, planned, job.pieces, record)
         if warm.slot:
             warm.slot.started()
