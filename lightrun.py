@@ -2807,7 +2807,7 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]], folder: str =
 LABEL_STATE, LABEL_RUN = "lightrun.state", "lightrun.run"
 NETWORK = "lightrun"
 NETWORK_OPTIONS = {"com.docker.network.bridge.enable_icc": "false"}
-OWN_NETWORK_OPTIONS = {"isolate": "true"}  # from other networks that have it
+ISOLATE = ("strict", "true")  # how a network of Podman's is kept apart: from all others, or before 5 from those that are so, too
 CAPABILITIES = ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETGID", "SETUID"]
 GO_MODE_FOLDER, GO_MODE_LINK = 1 << 31, 1 << 27  # of Go's fs.FileMode, in X-Docker-Container-Path-Stat
 TCP_OPTIONS = {  # a far side that has gone without a word is noticed within a minute (tcp(7))
@@ -3341,7 +3341,7 @@ class Engine:
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
-        self._shared = types.SimpleNamespace(api="", about={}, network_ready=False)  # by all views, once it is known
+        self._shared = types.SimpleNamespace(api="", about={}, network_ready=False, weakly=False)  # by all views, once it is known
         self.count_failure: Callable[[str], None] = lambda _: None  # told of calls without an answer (absent) or of a 5xx (error)
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
@@ -3489,14 +3489,20 @@ class Engine:
         """A bridge for one container, under its name, which goes with it; for Podman, which keeps bridges apart that ask for it,
         by a call of its own. Source: docs.podman.io/en/latest/_static/api.html, NetworkCreateLibpod."""
         name, labels = container_name(run_id), {LABEL_STATE: self._state_id, LABEL_RUN: run_id}
-        about = {"name": name, "driver": "bridge", "options": OWN_NETWORK_OPTIONS, "labels": labels, "dns_enabled": True}
+        about = {"name": name, "driver": "bridge", "labels": labels, "dns_enabled": True}
+        how = ISOLATE[self._shared.weakly]
         try:
-            made = self._call("POST", "/v4.0.0/libpod/networks/create", body=about).json()
-            if made["options"] != OWN_NETWORK_OPTIONS:
+            made = self._call("POST", "/v4.0.0/libpod/networks/create", body=about | {"options": {"isolate": how}}).json()
+            if made["options"] != {"isolate": how}:
                 raise EngineError("the engine does not keep networks apart; use network none")
         except Refused as error:
-            if "already exists" not in str(error):  # of an earlier try
+            if "already exists" in str(error):  # of an earlier try
+                return name
+            if "invalid syntax" not in str(error) or self._shared.weakly:
                 raise
+            log.warning("the engine keeps runs apart from each other, and not from containers in other networks")
+            self._shared.weakly = True
+            return self._own_network(run_id)
         return name
 
     @asked_to("make the network")

@@ -56,7 +56,7 @@ RUNC = """\
 #!/bin/sh
 for each; do
     test -f "$each/config.json" && each=$each/config.json
-    grep -qs '"RLIMIT_' "$each" || continue
+    grep -qs -e '"RLIMIT_' -- "$each" || continue
     sed -i 's/"RLIMIT_NOFILE","hard":1048576,"soft":1048576/"RLIMIT_NOFILE","hard":{0},"soft":{0}/
         s/"RLIMIT_NPROC","hard":1048576,"soft":1048576/"RLIMIT_NPROC","hard":{1},"soft":{1}/' "$each"
 done
