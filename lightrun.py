@@ -3341,7 +3341,7 @@ class Engine:
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
-        self._shared = types.SimpleNamespace(api="", about={}, network_ready=False, weakly=False)  # by all views, once it is known
+        self._shared = types.SimpleNamespace(api="", about={}, network_ready=False, weakly=False)  # by all views, once known
         self.count_failure: Callable[[str], None] = lambda _: None  # told of calls without an answer (absent) or of a 5xx (error)
         self._network_lock = threading.Lock()  # held while the network is looked for
         self._patience: Patience | None = None
