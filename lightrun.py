@@ -3432,7 +3432,8 @@ class Engine:
             raise StartError("a rootless engine limits nothing on cgroup v1; it needs v2")
         for name, kept in {"memory": "MemoryLimit", "cpus": "CpuCfsQuota", "pids": "PidsLimit"}.items():
             if not about.get(kept, True):
-                raise StartError(f"--{name}: the engine cannot limit that (its {kept} is false)")
+                why = "; a rootless engine needs cgroup v2, delegated to its user" if rootless else ""
+                raise StartError(f"--{name}: the engine cannot limit that (its {kept} is false{why})")
         if not about.get("SwapLimit", True):
             log.warning("the engine does not limit swap: runs may use it beyond their memory")
         if self._settings.cpus > about["NCPU"]:
