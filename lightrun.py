@@ -153,6 +153,7 @@ BRIEF_SECONDS = 1  # a run that the engine's own word on its end makes quicker b
 REFILL_SECONDS = 0.15  # after a warm container was taken, until another is made: what takes time from a quick run
 LOOK_SECONDS = 20  # the longest of them: how late the end of a run is noticed whose output never ends
 COPY_SECONDS = 10  # of silence in the engine's copy of what a container that has exited printed
+STDIN_SLACK_SECONDS = 1  # before the exit, in which a broken connection for stdin may come from that: some engines close it first
 QUIET_SECONDS = 2  # of silence in the output of a container that has exited
 METER_SECONDS = 0.02  # the shortest pause between two looks at the CPU time of a run that has a limit of it
 MEMORY_SLACK_BYTES = 512 * KIB  # of a cgroup's figures of memory: each CPU holds some pages in advance
@@ -2850,7 +2851,8 @@ class Traits:
     keeps_apart: bool  # whether it keeps the containers of one bridge apart; else it can do so with bridges
     drops_ambient: bool  # whether users other than root do not get the capabilities that are added
     makes_workdir: bool  # whether the workdir is there when the container is created, and not only when it is started
-    splits_attach: bool  # whether a connection for stdin need not take the output too, and ends no earlier than the container
+    splits_attach: bool  # whether a connection for stdin need not take the output too, and ends no earlier than the container;
+    # else at most STDIN_SLACK_SECONDS earlier
     orders_environment: bool  # whether a container's variables come in an order that can be told
     answers_early: bool  # whether its answer of a log to be followed begins before the log
 
@@ -3769,7 +3771,7 @@ class Engine:
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
         reply = self._call("GET", "/events", query=query).streamed(COPY_SECONDS)
         reply.wire.patience = None  # it may be `until` that is waited for
-        return any(event["Actor"]["Attributes"]["signal"] == number for event in reply.events())
+        return any(event["Actor"]["Attributes"].get("signal", number) == number for event in reply.events())  # Podman tells none
 
     def deaths(self) -> Iterator[tuple[str, int, float]]:
         """Name, exit code and time (Unix seconds of the engine's clock) of each of our containers that exits from now on."""
@@ -3798,7 +3800,7 @@ class Engine:
 
     def _remove(self, path: str, **query: int) -> None:
         try:
-            self._call("DELETE", path, 200, 204, query=query, seconds=REMOVE_SECONDS).nothing()
+            self._call("DELETE", path, 204, query=query, seconds=REMOVE_SECONDS).nothing()
         except Refused as error:
             if error.status != 404:
                 raise
@@ -6195,20 +6197,20 @@ class Runner:
 
     def _feed(self, job: Job) -> None:
         """Have the stdin of a started run written, by a thread of its own; let go of what the run's start needed."""
-        mixed = job.hand_out is None and not self._engine.traits.splits_attach
+        mixed = job.stdin is not None and job.hand_out is None and not self._engine.traits.splits_attach
         data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None, tar=None)  # may be large
         if not isinstance(data, Reference):
             job.held.close()
         if job.stdin and data is not None:
             threading.Thread(target=self._write_stdin, args=(job, job.stdin, data), name="stdin", daemon=True).start()
-            if mixed:
+            if mixed:  # an engine may stop a program whose output nobody takes
                 threading.Thread(target=self._ignore, args=(job.stdin,), name="stdin", daemon=True).start()
         elif not job.fed:  # by an earlier daemon, and not whole: the program may take that for the end of its input
             job.ask(Ask("interrupted"))
 
     @staticmethod
     def _ignore(stdin: Reply) -> None:
-        """Take the output that comes on a connection for stdin: an engine may stop a program whose output nobody takes."""
+        """Take the output that comes on a connection for stdin."""
         with contextlib.suppress(OSError):
             stdin.wire.drain()
 
@@ -6489,9 +6491,10 @@ class Runner:
             return job.taken
         if job.taken_up and not job.fed and job.stdin is None:  # it may have taken the loss for the end of its input
             return "interrupted"
-        slack = 0 if engine.traits.splits_attach else 1
-        if job.starved is not None and (state.finished is None or job.starved < state.finished + job.shift - slack):
-            return "engine_error"
+        if job.starved is not None:
+            slack = 0 if engine.traits.splits_attach else STDIN_SLACK_SECONDS
+            if state.finished is None or job.starved < state.finished + job.shift - slack:
+                return "engine_error"
         return "oom" if state.oom_killed and state.exit_code else "exited"
 
     @staticmethod
