@@ -3,7 +3,7 @@
     python3 tests/matrix.py docker-26.1 podman-5.4    # the smoke on these
     python3 tests/matrix.py --all --write             # on all of them, and the README's table
     python3 tests/matrix.py docker-26.1 --suite -x    # pytest with DOCKER_HOST at it
-    python3 tests/matrix.py --python 3.10 sid         # the smoke with other Pythons, on the machine's engine
+    python3 tests/matrix.py --python 3.10 sid         # the smoke with other Pythons
 
 An engine is Debian's package in a root made by debootstrap, which is kept below `~/.cache/lightrun-engines` (`--fresh` makes it
 anew). It runs with mount, process and network namespaces of its own over that root, which it does not change; its API is
@@ -39,6 +39,7 @@ PACKAGES = (
     "netavark", "nftables", "podman", "procps", "python3", "rootlesskit", "runc", "slirp4netns", "uidmap",
 )  # fmt: skip
 TOOLS = {"busybox-static": "busybox", "debootstrap": "debootstrap", "iproute2": "ip", "tini": "docker-init"}
+PYTHONS_ENGINE = "docker-26.1"  # on which Pythons are tried
 USER = 1000  # of rootless engines
 # Debian's crun refuses hybrid cgroups, and there is no systemd to ask for slices or to log to.
 CONTAINERS_CONF = """\
@@ -273,15 +274,24 @@ def python_command(version: str) -> Iterator[list[str]]:
     yield ["unshare", "--mount", "sh", "-c", shell, "sh"]
 
 
-def smoke_python(version: str) -> Row:
-    """The smoke with that Python on the machine's engine."""
-    api = EngineApi()
+def smoke_python(version: str, engine: HousedEngine) -> Row:
+    """The smoke with that Python."""
     try:
         with python_command(version) as command:
             told = subprocess.run([*command, "-c", "import sys; print(sys.version.split()[0])"], capture_output=True, text=True)
-            return smoked(version, (f"CPython {told.stdout.strip()}", describe(api)[0]), api.host, command)
+            about = (f"CPython {told.stdout.strip()}", describe(engine.api)[0])
+            return smoked(version, about, engine.host, [*engine.beside(), *command])
     except EngineError as error:
         return Row(version, ("none", "none"), {}, str(error))
+
+
+def smoke_pythons(versions: Sequence[str], fresh: bool) -> list[Row]:
+    """The smoke with each, on one engine."""
+    if not versions:
+        return []
+    engine = HousedEngine(KINDS[PYTHONS_ENGINE], fresh)
+    with engine:
+        return [smoke_python(version, engine) for version in versions]
 
 
 # ---------------------------------------------------------------- The table
@@ -333,7 +343,7 @@ def main(arguments: Sequence[str]) -> int:
         if options.suite is not None:
             return max(suite(name, options.fresh, options.suite) for name in names)
         engines = [smoke_engine(name, options.fresh) for name in names]
-        pythons = [smoke_python(version) for version in options.python]
+        pythons = smoke_pythons(options.python, options.fresh)
         for marker, head, rows in (("engines", ENGINE_HEAD, engines), ("pythons", PYTHON_HEAD, pythons)):
             if rows:
                 print(table(head, [row.cells for row in rows]), flush=True)
