@@ -6629,8 +6629,8 @@ class Runner:
         self.stopping = True
 
     def stop(self, deadline: float) -> None:
-        """Give runs with a waiting client until then (monotonic), then kill them and wait a little for their ends. The others
-        go on without us."""
+        """Give runs with a waiting client until then (monotonic), then kill them and wait a little for their ends, and for what
+        runs that have ended leave. The others go on without us."""
         self.refuse()
         with self._lock:
             attended = [job for job in self._jobs.values() if not job.request.detached]
@@ -6643,6 +6643,8 @@ class Runner:
         last = time.monotonic() + INTERRUPT_SECONDS
         for job in left:
             job.done.wait(max(0.0, last - time.monotonic()))
+        while self.places.taken() > len(self._jobs) and time.monotonic() < last:
+            time.sleep(SETTLE_POLL_SECONDS)
 
 
 def _shift(low: float, high: float, earliest: float, latest: float) -> float:
