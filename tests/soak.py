@@ -52,7 +52,7 @@ STEPS = (
     "Store.add", "Store.begin", "Store.fed", "Store.ask", "Store.finish", "Store.attempted", "Store.delete",
     "Store._write_secret", "Store._drop_secret", "Store.tidy", "Engine.image", "Engine.create", "Engine.put",
     "Engine.attach", "Engine.open_stdin", "Engine.start", "Engine.inspect", "Engine.wait", "Engine.kill",
-    "Engine.kept_output", "Engine.archive", "Engine.remove", "Engine.containers", "Extraction.keep", "Extraction._write",
+    "Engine.kept_output", "Engine.archive", "Engine.remove", "Engine.left", "Extraction.keep", "Extraction._write",
     "Extraction._move_in", "Callbacks.owe", "Callbacks._attempt", "deliver", "Runner.recover", "Runner._launch",
     "Runner._bring_up", "Runner._watch", "Runner._conclude", "Runner._record", "Evictor.remove", "Evictor.evict", "remove_tree",
 )  # fmt: skip

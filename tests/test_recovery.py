@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import http.client
+import operator
 import sqlite3
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import docker
 import pytest
 
+import lightrun as module
 import soak
 from conftest import HELD, LABEL_RUN, LABEL_STATE, ROOT, Daemon, DaemonFactory, Receiver, Response, eventually, release
 from engine import IMAGE
@@ -517,6 +519,12 @@ def test_kill_during_eviction(daemon: DaemonFactory, when: str) -> None:
 
 
 # ---------------------------------------------------------------- All of it at once
+
+
+@pytest.mark.parametrize("name", [*soak.STEPS, *soak.WARM_STEPS])
+def test_every_step_of_the_soak_is_there(name: str) -> None:
+    """A kill waits at one of them by chance."""
+    assert callable(operator.attrgetter(name)(module))
 
 
 @pytest.mark.timeout(240)
