@@ -171,6 +171,7 @@ REMOVE_SECONDS = 15  # until the removal of a container is left to the keeper, a
 MAX_SWEEP_SECONDS = 60  # the longest pause before a container that could not be removed is tried again
 DISCONNECT_POLL_SECONDS = 0.25  # how late a client that left is noticed
 LEAVE_SECONDS = 3  # for a balancer that looks at /health each second
+CATCH_UP_SECONDS = 5  # after a restart, for the output of a run that was taken up to be read again
 LINGER_SECONDS = 30  # for the rest of a body that was refused
 LAST_ANSWERS_SECONDS = 1  # for answers on their way when lightrun goes down
 SETTLE_POLL_SECONDS = 0.02  # how often it is looked whether they are gone
@@ -5350,6 +5351,7 @@ class Job:
         self.in_doubt = False  # the container may have ended while no engine took its output
         self.killing = Killing()
         self.ran: int | None = None  # ms from the container's start to its exit
+        self._caught_up_by = 0.0  # monotonic: when its log is there again, if an earlier daemon had it
         self.stdin: Reply | None = None
         self.pull: Pull | None = None
         self.taken: str | None = None  # the reason whose signal the engine took
@@ -5370,6 +5372,16 @@ class Job:
         """Go on with what an earlier daemon began."""
         self.taken_up, self.touched, self.begun, self.fed = True, True, begun, fed or self.fed
         self._born -= max(0.0, time.time() - self.run.created)
+        self._caught_up_by = time.monotonic() + CATCH_UP_SECONDS
+
+    def catch_up(self, start: int, stream: str | None) -> None:
+        """Just after a restart, wait for a byte of the log that an earlier daemon may have told."""
+
+        def behind() -> bool:
+            return sum(count for number, count in self.log.taken().items() if stream in {None, STREAMS[number]}) < start
+
+        while time.monotonic() < self._caught_up_by and not self.done.is_set() and behind():
+            time.sleep(SETTLE_POLL_SECONDS)
 
     def give_to(self, hand_out: HandOut | None) -> None:
         """It has a warm container, or again one of its own, or none yet."""
@@ -8059,6 +8071,8 @@ class Api:
         if tail is not None and start is not None:
             raise BadRequest(details=[problem("cannot go together with from", "query", "tail")])
         job, at = self._runner.job(run_id), dict[int, int]()
+        if job and start is not None:
+            job.catch_up(start, stream)
         followed = job.log.follow(at) if job else None
         kept = raw_log(next(followed) if followed else self._store.frames(run_id), stream)
         if start is not None:

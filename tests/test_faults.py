@@ -25,7 +25,7 @@ from faults import Proxy
 from images import Registry, remove_image
 
 SEED = int(os.environ.get("LIGHTRUN_FAULT_SEED", "0"))
-CELLS = int(os.environ.get("LIGHTRUN_FAULT_CELLS", "16"))
+CELLS = int(os.environ.get("LIGHTRUN_FAULT_CELLS", "8"))
 Proxied = Callable[..., tuple[Daemon, Proxy]]
 NDJSON = {"Accept": "application/x-ndjson"}
 END_SECONDS = 20.0  # for what has to notice a fault first

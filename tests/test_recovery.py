@@ -223,6 +223,8 @@ def test_stdin_that_was_not_written_whole(daemon: DaemonFactory) -> None:
     whole = lightrun.detach(entrypoint="wc -c; sleep 3; echo end", stdin="x" * 100_000)
     started(lightrun, blocked)
     started(lightrun, whole, "100000")
+    with contextlib.closing(sqlite3.connect(lightrun.state_dir / "lightrun.db")) as database:  # else it is taken for cut
+        assert eventually(lambda: database.execute("SELECT fed FROM runs WHERE id = ?", (whole,)).fetchone() == (1,))
     lightrun.kill()
     restart(lightrun)
     state = lightrun.wait(blocked, 10)
