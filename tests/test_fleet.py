@@ -719,9 +719,10 @@ def test_what_an_operator_sees(fleet: Fleet) -> None:
     for name in NODES:
         assert "lightrun_engine_up 1" in fleet.request("GET", f"/nodes/{name}/metrics").text
         assert fleet.request("GET", f"/nodes/{name}/health").json()["node"] == name
-    fleet.request("GET", "/nodes/a/runs?id=a_5eed", X_Forwarded_For="203.0.113.9")  # forged: HAProxy puts the client's behind it
-    (line,) = [line for line in fleet.nodes["a"].log().splitlines() if "a_5eed" in line or "GET /runs 200" in line][-1:]
-    assert "127.0.0.1" in line
+    unknown = f"a_{uuid.uuid4()}"
+    fleet.request("GET", f"/runs/{unknown}", X_Forwarded_For="203.0.113.9")  # forged: HAProxy puts the client's behind it
+    (line,) = eventually(lambda: [line for line in fleet.nodes["a"].log().splitlines() if unknown in line])
+    assert "INFO 127.0.0.1 GET" in line
     assert "203.0.113.9" not in line
     assert fleet.request("GET", "/openapi.json").json()["openapi"]
     for path in ("/run", "/nodes/a/runs"):
