@@ -1898,6 +1898,11 @@ def frames(data: bytes) -> Iterator[tuple[int, bytes]]:
     return ((stream, bytes(payload)) for stream, payload in FrameReader().feed(data) if stream in STREAMS)
 
 
+def total_of(taken: Mapping[int, int], stream: str | None) -> int:
+    """How many bytes of a stream, or of both, there were."""
+    return sum(count for number, count in taken.items() if stream in {None, STREAMS[number]})
+
+
 def raw_log(data: bytes, stream: str | None = None) -> bytes:
     """The bytes of one stream, or of both in the order in which they were read."""
     return b"".join(payload for number, payload in frames(data) if stream in {None, STREAMS[number]})
@@ -5376,11 +5381,7 @@ class Job:
 
     def catch_up(self, start: int, stream: str | None) -> None:
         """Just after a restart, wait for a byte of the log that an earlier daemon may have told."""
-
-        def behind() -> bool:
-            return sum(count for number, count in self.log.taken().items() if stream in {None, STREAMS[number]}) < start
-
-        while time.monotonic() < self._caught_up_by and not self.done.is_set() and behind():
+        while time.monotonic() < self._caught_up_by and not self.done.is_set() and total_of(self.log.taken(), stream) < start:
             time.sleep(SETTLE_POLL_SECONDS)
 
     def give_to(self, hand_out: HandOut | None) -> None:
@@ -7355,7 +7356,7 @@ def _since(kept: bytes, start: int, stream: str | None, taken: Mapping[int, int]
     NoLongerKept."""
     if not taken:
         raise NoLongerKept("how much there was before what is kept is not known")
-    total = sum(count for number, count in taken.items() if stream in {None, STREAMS[number]})
+    total = total_of(taken, stream)
     first = total - len(kept)
     if stream is None and (first or not in_order):
         raise NoLongerKept("the order of the two streams may be another, or some was dropped; ask for one stream")
