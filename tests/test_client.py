@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import pytest
 
 import lightrun
-from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, eventually, free_port
+from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, certify_localhost, eventually, free_port
 from engine import IMAGE
 from images import Registry
 
@@ -636,8 +636,7 @@ def test_connections_that_break_lose_nothing(command: Command, shared: Daemon, e
 
 def test_a_url_may_be_https_and_have_a_path(command: Command, shared_tcp: Daemon, tmp_path: Path) -> None:
     """A proxy with TLS, which passes on what lies below /runs-here."""
-    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -keyout key -out cert"
-    subprocess.run([*line.split(), "-addext", "subjectAltName=DNS:localhost"], cwd=tmp_path, check=True, capture_output=True)
+    certify_localhost(tmp_path)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
     with contextlib.closing(Breaker(shared_tcp, MIB, context, b"/runs-here")) as proxy:

@@ -30,7 +30,7 @@ import pytest
 import requests
 
 import lightrun
-from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, Receiver, eventually, free_port
+from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, Receiver, certify_localhost, eventually, free_port
 from engine import IMAGE, PrivateEngine
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -187,8 +187,7 @@ def listed(node: Daemon, label: str) -> list[dict[str, Any]]:
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
     """One for localhost that signs itself."""
     folder = tmp_path_factory.mktemp("certificate")
-    line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -keyout key -out cert"
-    subprocess.run([*line.split(), "-addext", "subjectAltName=DNS:localhost"], cwd=folder, check=True, capture_output=True)
+    certify_localhost(folder)
     (folder / "both").write_bytes((folder / "cert").read_bytes() + (folder / "key").read_bytes())
     return folder / "cert", folder / "both"
 
