@@ -2885,9 +2885,13 @@ class ContainerState:
 
 class Patience:
     """How long somebody waits for the engine: as long as each call may take, and once hurried, `grace` seconds for each.
-    `wake` is readable when there is news for whoever waits. Rung from any thread, without waiting."""
+    `wake` is readable when there is news for whoever waits. Rung from any thread, without waiting.
+
+    `beside` is a connection that is read all the while, and what reads it. Until somebody takes a container's output, an engine
+    holds that container's lock, and answers nothing that needs it: not a look at it, and not its kill."""
 
     def __init__(self, grace: float) -> None:
+        self.beside: tuple[Wire, Callable[[], object]] | None = None  # of whoever waits, and for no other thread
         self._lock = threading.Lock()  # guards all below
         self._grace, self._hurried = grace, math.inf
         self.wake, self._waker = os.pipe()
@@ -2970,8 +2974,12 @@ class Wire:
                 late, step = min(late, self.patience.deadline(self._began)), DISCONNECT_POLL_SECONDS
             if (left := late - time.monotonic()) <= 0:
                 raise TimeoutError
-            if self._poll(event, -1, min(left, step)):
+            other, take = (self.patience and self.patience.beside) or (self, None)
+            aside = take is not None and other is not self and other.alive
+            if self._poll(event, other._sock.fileno() if aside else -1, min(left, step)):
                 return
+            if aside and take:
+                take()
 
     def _poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
@@ -3770,14 +3778,18 @@ class Engine:
         return None if running else code, int(about["Pid"]), str(about["ContainerID"])
 
     @asked_to("tell its events")
-    def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool:
-        """Whether the engine sent the container a signal between two times of its own clock; it remembers its last events."""
+    def has_sent(self, container: str, signal_name: str, since: float, until: float) -> bool | None:
+        """Whether the engine sent the container a signal between its start and another time, both of the engine's clock; None
+        when it does not know any more: it remembers its last events, and the start was before the signal."""
         number = str(signal.Signals[signal_name].value)
-        filters = json.dumps({"container": [container], "event": ["kill"]})
+        filters = json.dumps({"container": [container], "event": ["kill", "start"]})
         query = {"since": f"{since:.9f}", "until": f"{until:.9f}", "filters": filters}
         reply = self._call("GET", "/events", query=query).streamed(COPY_SECONDS)
         reply.wire.patience = None  # it may be `until` that is waited for
-        return any(event["Actor"]["Attributes"].get("signal", number) == number for event in reply.events())  # Podman tells none
+        told = [(event["Action"], event["Actor"]["Attributes"].get("signal", number)) for event in reply.events()]
+        if ("kill", number) in told:  # Podman does not say which
+            return True
+        return False if any(action == "start" for action, _ in told) else None
 
     def deaths(self) -> Iterator[tuple[str, int, float]]:
         """Name, exit code and time (Unix seconds of the engine's clock) of each of our containers that exits from now on."""
@@ -6286,6 +6298,8 @@ class Runner:
         if job.run.phase != "running":
             job.quiet_since = time.monotonic()
             job.enter("running")
+        if job.output and job.hearing is Hearing.LIVE:
+            job.patience.beside = job.output.wire, lambda: self._listen(job, engine, 0)
         pause = FIRST_LOOK_SECONDS
         look_at = time.monotonic() + (pause if job.starting else 0)
         while True:
@@ -6295,11 +6309,12 @@ class Runner:
                 self._kill(job, engine)
                 pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
             if time.monotonic() >= look_at or job.hearing is Hearing.ENDED:
+                live = job.hearing is Hearing.LIVE
                 state = self._told(job) or self._look(job, engine)
                 if not state.running:
                     return self._hear_out(job, engine, state)
                 self._starve(job)
-                if job.hearing is not Hearing.LIVE:
+                if not live:
                     job.log.lost()
                 pause = min(2 * pause, LOOK_SECONDS if job.starved is None else 1)
                 look_at = time.monotonic() + pause
@@ -6497,9 +6512,12 @@ class Runner:
         if not name and job.taken_up:  # or that of an earlier daemon, which did not live to record the end
             name, reason = (job.asked.signal, job.asked.reason) if job.asked else ("SIGKILL", self._overrun(job))
         if not job.taken and name and reason:
+            sent = None
             with contextlib.suppress(EngineError):
-                if engine.has_sent(job.container, name, state.started or 0, state.told + 1):
-                    job.taken = reason
+                sent = engine.has_sent(job.container, name, state.started or 0, state.told + 1)
+            if sent is None:
+                sent = state.exit_code == 128 + signal.Signals[name] and not state.oom_killed
+            job.taken = reason if sent else None
         if job.taken:
             return job.taken
         if job.taken_up and not job.fed and job.stdin is None:  # it may have taken the loss for the end of its input
@@ -6874,6 +6892,7 @@ class Execs:
             with contextlib.closing(stream):
                 command.begin()
                 self._feed(command, stream)
+                command.patience.beside = stream.wire, lambda: command.listen(stream, 0)
                 try:
                     self._see_out(command, engine, exec_id, stream)
                 except EngineMissing:
@@ -7133,14 +7152,17 @@ class Execs:
     def _kill_again(self, command: Exec, exec_id: str, kills: int) -> None:
         """Kill what should end, for so many times before. Raises EngineError when that is of no use."""
         assert command.asked
-        self._kill(command.job, exec_id, command.pid)
+        self._kill(command.job, exec_id, command.pid, command.patience.beside)
         if kills == MAX_EXEC_KILLS or not (self._engine.local or command.pid):
             command.reason, command.doubt = command.asked[0], True
             raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends")
 
-    def _kill(self, job: Job, exec_id: str, pid: int) -> None:
+    def _kill(
+        self, job: Job, exec_id: str, pid: int, beside: tuple[Wire, Callable[[], object]] | None = None
+    ) -> None:
         """Have a command's process group killed: by us, or by a shim in its container, where it has this pid."""
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
+        patience.beside = beside
         patience.ring(hurry=True)
         engine = self._engine.for_one(patience)
         try:

@@ -185,6 +185,59 @@ def test_output_that_falls_silent(proxied: Proxied) -> None:
         assert state["logs"] == ["ready"] or state["logsTruncated"]
 
 
+ONCE = "sleep 0.3; head -c 20000000 /dev/zero; exit 3"
+FLOODS = {
+    "timeout": ("kill", "cat /dev/zero", {"timeout": 700}, ("timeout", 137)),
+    "outputLimit": ("kill", "cat /dev/zero", {"outputLimit": 65536}, ("output_limit", 137)),
+    "end": ("inspect", ONCE, {}, ("exited", 3)),
+    "exec": ("exec-state", ONCE, {}, ("exited", 3)),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_a_flood_is_read_while_the_engine_is_asked(proxied: Proxied, flood: str) -> None:
+    """An engine has no answer to a kill or a look as long as nobody takes the container's last output."""
+    call, script, fields, expected = FLOODS[flood]
+    lightrun, proxy = proxied()
+    with ThreadPoolExecutor() as pool:
+        if flood == "exec":
+            run = lightrun.detach(idle=60_000, network="none")
+            lightrun.wait_for(run, lambda state: state["phase"] == "running")
+            rule = proxy.inject(call, "before", "hang", times=1)
+            done = pool.submit(lambda: lightrun.request("POST", f"/runs/{run}/exec", json={"entrypoint": script}).json())
+        else:
+            rule = proxy.inject(call, "before", "hang", times=1)
+            run = detach(lightrun, script, **fields)
+            done = pool.submit(lightrun.wait, run)
+        assert eventually(lambda: rule.held)
+        time.sleep(1.5)
+        proxy.mend()
+        state = done.result(END_SECONDS)
+    assert (state["reason"], state["exitCode"]) == expected
+    assert "did not answer" not in lightrun.log()
+    if flood == "exec":
+        assert lightrun.request("POST", f"/runs/{run}/cancel").status == 204
+        lightrun.wait(run)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_kill_of_which_nothing_is_heard(proxied: Proxied, engine: docker.APIClient, busy: bool) -> None:
+    """Whose signal ended the run is known from the engine's events, or when it has forgotten those, from the exit code."""
+    lightrun, proxy = proxied()
+    proxy.inject("kill", "after", "close")
+    asked = proxy.inject("events", "before", "hang", path="kill")
+    run = detach(lightrun, "sleep 60", timeout=500)
+    assert eventually(lambda: asked.held)
+    if busy:
+        for _ in range(130):  # two events each
+            name = "lightrun/events:latest"
+            engine.tag(IMAGE, name)
+            engine.remove_image(name)
+    proxy.mend()
+    state = lightrun.wait(run, END_SECONDS)
+    assert (state["reason"], state["exitCode"]) == ("timeout", 137)
+
+
 @pytest.mark.parametrize("stream", [0, 3])
 def test_alien_frames_in_the_log_copy(proxied: Proxied, stream: int) -> None:
     lightrun, proxy = proxied()
