@@ -130,7 +130,7 @@ def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -
     is_fine(lightrun)
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 def test_restart_without_live_restore(daemon: DaemonFactory, plain: PrivateEngine, how: str) -> None:
     lightrun = daemon("--docker-host", plain.host, "--max-concurrent", "1")
     run = started(lightrun, "in", entrypoint="echo in; sleep 60; echo end")

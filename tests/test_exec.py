@@ -591,10 +591,10 @@ def test_sigterm_leaves_them_time_and_then_kills_them(daemon: DaemonFactory, san
 
 
 @pytest.mark.parametrize("fields", [{}, {"entrypoint": "sleep 1000", "idle": None}], ids=["idle", "plain"])
-@pytest.mark.parametrize("where", ["Store.begin_exec before 1", "Store.begin_exec after 1", ""])
+@pytest.mark.parametrize("where", ["", "after 1", pytest.param("before 1", marks=pytest.mark.long)])
 def test_kill_9_leaves_no_command(daemon: DaemonFactory, sandbox: Sandbox, where: str, fields: dict[str, Any]) -> None:
     """The run is adopted; commands have no client any more and are killed by the next daemon, or never began."""
-    own = daemon(socket=True, env={"LIGHTRUN_TRAP": where} if where else {})
+    own = daemon(socket=True, env={"LIGHTRUN_TRAP": f"Store.begin_exec {where}"} if where else {})
     run = sandbox(on=own, **fields)
     with ThreadPoolExecutor() as pool:
         going = pool.submit(execute, own, run, "echo x >> /begun; setsid sleep 106 & sleep 107")
@@ -821,7 +821,7 @@ def test_an_engine_on_tcp(daemon: DaemonFactory, sandbox: Sandbox) -> None:
         own.stop()
 
 
-@pytest.mark.parametrize("fault", ["close", "reset", "silent"])
+@pytest.mark.parametrize("fault", ["reset", *(pytest.param(each, marks=pytest.mark.long) for each in ("close", "silent"))])
 def test_output_that_breaks(broken: tuple[Daemon, Proxy], sandbox: Sandbox, fault: str) -> None:
     """What is missing is told, and the exit code is the engine's."""
     own, proxy = broken

@@ -488,7 +488,7 @@ def test_a_node_that_dies_with_a_request(fleet: Fleet, how: str) -> None:
     assert (status, json.loads(text)["error"]) == (502, "node_failed")
 
 
-@pytest.mark.parametrize("name", ["b", "c"])
+@pytest.mark.parametrize("name", [pytest.param("b", marks=pytest.mark.long), "c"])
 def test_a_node_that_dies_with_a_key(fleet: Fleet, name: str) -> None:
     """The same node is asked again until it is back, and the run goes on; the client sees nothing of it."""
     label = uuid.uuid4().hex

@@ -196,7 +196,7 @@ def test_standard_webhooks(shared: Daemon, receiver: Receiver) -> None:
 # ---------------------------------------------------------------- Restarts
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("killed", [True, pytest.param(False, marks=pytest.mark.long)], ids=["SIGKILL", "SIGTERM"])
 def test_attempts_go_on_after_a_restart(daemon: DaemonFactory, receiver: Receiver, killed: bool) -> None:
     lightrun = daemon(*NO_PULL, env={"LIGHTRUN_DELAYS": "4 0.2 0.2"})
     for _ in range(3):
@@ -275,7 +275,7 @@ def time_of(lightrun: Daemon) -> float:
 DAY = 24 * 3600
 
 
-@pytest.mark.parametrize("step", [-DAY, DAY, -7], ids=["back", "forth", "back a little"])
+@pytest.mark.parametrize("step", [-DAY, *(pytest.param(step, marks=pytest.mark.long) for step in (DAY, -7))])
 def test_a_clock_that_is_set_changes_no_delay(
     daemon: DaemonFactory, receiver: Receiver, other: Receiver, clock: Clock, step: int
 ) -> None:
@@ -297,7 +297,7 @@ def test_a_clock_that_is_set_changes_no_delay(
         assert abs(int(request.headers["webhook-timestamp"]) - time.time() - ahead) < 20
 
 
-@pytest.mark.parametrize(("delays", "retry_after"), [("1 1 2.4", "1"), ("1 1 1", "3")], ids=["schedule", "Retry-After"])
+@pytest.mark.parametrize(("delays", "retry_after"), [pytest.param("1 1 2.4", "1", marks=pytest.mark.long), ("1 1 1", "3")])
 def test_a_clock_that_was_set_back_before_a_restart(
     daemon: DaemonFactory, receiver: Receiver, clock: Clock, delays: str, retry_after: str
 ) -> None:

@@ -198,7 +198,7 @@ def test_memory_that_suffices_is_no_want(metered: Daemon) -> None:
 # ---------------------------------------------------------------- cpuTime
 
 
-@pytest.mark.parametrize(("cpus", "loops"), [(1, 1), (0.5, 1), (2, 3)])
+@pytest.mark.parametrize(("cpus", "loops"), [(1, 1), pytest.param(0.5, 1, marks=pytest.mark.long), (2, 3)])
 def test_cpu_time_is_kept_to(daemon: DaemonFactory, cpus: float, loops: int) -> None:
     lightrun_ = daemon("--cpus", "2")
     burn = "while :; do :; done & " * (loops - 1) + "echo begun; while :; do :; done"

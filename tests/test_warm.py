@@ -448,15 +448,15 @@ def test_an_adopted_run(daemon: DaemonFactory) -> None:
 @pytest.mark.parametrize(
     ("traps", "is_warm"),
     [
-        (("Pools.hand_out before 1",), None),
+        pytest.param(("Pools.hand_out before 1",), None, marks=pytest.mark.long),
         (("Store.begin before 1",), None),  # from here on it is known that it was handed out, but not whether whole
         (("Store.begin after 1",), False),
         pytest.param(("Store.begin after 1", "Store.take_back before 1"), False, marks=pytest.mark.long),
-        (("Store.begin after 1", "Store.take_back after 1"), None),
+        pytest.param(("Store.begin after 1", "Store.take_back after 1"), None, marks=pytest.mark.long),
         pytest.param(("Store.begin after 1", "Runner._hand_out after 1"), None, marks=pytest.mark.long),
         pytest.param(("Pools.hand_out after 1",), True, marks=pytest.mark.long),
         (("Runner._became after 1",), True),
-        (("Runner._became after 1", "Runner._has_become after 1"), True),
+        pytest.param(("Runner._became after 1", "Runner._has_become after 1"), True, marks=pytest.mark.long),
         pytest.param(("Runner._feed after 1",), True, marks=pytest.mark.long),
         (("Store.finish before 1",), True),
     ],
