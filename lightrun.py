@@ -87,7 +87,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeAlias, TypeVar
 
 __version__ = "0.1.0"
 log = logging.getLogger("lightrun")
@@ -2891,7 +2891,7 @@ class Patience:
     holds that container's lock, and answers nothing that needs it: not a look at it, and not its kill."""
 
     def __init__(self, grace: float) -> None:
-        self.beside: tuple[Wire, Callable[[], object]] | None = None  # of whoever waits, and for no other thread
+        self.beside: Beside | None = None  # of whoever waits, and for no other thread
         self._lock = threading.Lock()  # guards all below
         self._grace, self._hurried = grace, math.inf
         self.wake, self._waker = os.pipe()
@@ -2935,6 +2935,9 @@ class Patience:
             self.wake = -1
 
 
+Beside: TypeAlias = "tuple[Wire, Callable[[], object]]"
+
+
 class Wire:
     """A connection for one request. No wait on it is without an end: not for the answer, nor for the next piece of one that
     streams, nor once patience is at its end. As much of a file as http.client.HTTPResponse reads from; what was read when a
@@ -2974,12 +2977,13 @@ class Wire:
                 late, step = min(late, self.patience.deadline(self._began)), DISCONNECT_POLL_SECONDS
             if (left := late - time.monotonic()) <= 0:
                 raise TimeoutError
-            other, take = (self.patience and self.patience.beside) or (self, None)
-            aside = take is not None and other is not self and other.alive
-            if self._poll(event, other._sock.fileno() if aside else -1, min(left, step)):
+            beside = self.patience.beside if self.patience else None
+            if beside and (beside[0] is self or not beside[0].alive):
+                beside = None
+            if self._poll(event, beside[0]._sock.fileno() if beside else -1, min(left, step)):
                 return
-            if aside and take:
-                take()
+            if beside:
+                beside[1]()
 
     def _poll(self, event: int, wake: int, seconds: float) -> bool:
         """Whether the socket is ready within some seconds; false at once when `wake` is readable first."""
@@ -6734,18 +6738,17 @@ class Exec:
         self.done.set()
         self.log.nudge(ended=True)
 
-    def listen(self, stream: Reply, seconds: float) -> bool:
-        """Take the next piece of the output, or wait so long; false when it comes to its end."""
+    def listen(self, stream: Reply, seconds: float) -> None:
+        """Take the next piece of the output, or wait so long."""
         if self.deaf:
             self.patience.sleep(max(0.001, seconds))
-            return True
+            return
         try:
             data = stream.next(self.patience.wake, seconds)
         except EngineError:
             data, self.doubt = b"", True
         self.log.feed(data or b"")
         self.deaf = data == b""
-        return not self.deaf
 
     def state(self) -> dict[str, Any]:
         """What became of it (SPEC 11)."""
@@ -7076,6 +7079,7 @@ class Execs:
         kills, kill_at, killed_at = 0, command.began + command.request.timeout, math.inf
         pause, look_at = FIRST_LOOK_SECONDS, time.monotonic() + FIRST_LOOK_SECONDS
         while True:
+            deaf = command.deaf
             command.patience.heard()
             if command.log.full and not command.asked:
                 command.ask("output_limit", f"killed after its {command.request.output_limit} bytes of output")
@@ -7089,12 +7093,14 @@ class Execs:
             if time.monotonic() >= look_at or (command.starved and not command.asked):
                 if (code := self._look(engine, exec_id)) is not None:
                     break
-                command.doubt |= command.deaf and pause > FIRST_LOOK_SECONDS
+                command.doubt |= deaf and pause > FIRST_LOOK_SECONDS
                 if command.starved:
                     command.ask("engine_error", STDIN_BROKE)
-                pause = min(2 * pause, 1 if command.deaf else LOOK_SECONDS)
+                pause = min(2 * pause, 1 if deaf else LOOK_SECONDS)
                 look_at = time.monotonic() + pause
-            if not command.listen(stream, min(look_at, kill_at) - time.monotonic()):
+            if command.deaf == deaf:
+                command.listen(stream, min(look_at, kill_at) - time.monotonic())
+            if command.deaf != deaf:
                 pause, look_at = SETTLE_POLL_SECONDS, time.monotonic()
         late = time.monotonic() + QUIET_SECONDS + 1  # longer than an engine waits for what others keep open
         while not command.deaf and (left := late - time.monotonic()) > 0:
@@ -7157,9 +7163,7 @@ class Execs:
             command.reason, command.doubt = command.asked[0], True
             raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends")
 
-    def _kill(
-        self, job: Job, exec_id: str, pid: int, beside: tuple[Wire, Callable[[], object]] | None = None
-    ) -> None:
+    def _kill(self, job: Job, exec_id: str, pid: int, beside: Beside | None = None) -> None:
         """Have a command's process group killed: by us, or by a shim in its container, where it has this pid."""
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
         patience.beside = beside
