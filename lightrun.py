@@ -60,6 +60,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import posixpath
 import random
@@ -1893,6 +1894,12 @@ class FrameReader:
         self._header, self._stream, self._left = b"" if self.garbled else data[at:], stream, left
 
 
+def _joined(pairs: Iterator[tuple[int, memoryview]]) -> Iterator[tuple[int, memoryview]]:
+    """The same with what follows on the same stream as one payload: an engine's copy has a frame for each line."""
+    for stream, group in itertools.groupby(pairs, operator.itemgetter(0)):
+        yield stream, memoryview(b"".join(payload for _, payload in group))
+
+
 def frames(data: bytes) -> Iterator[tuple[int, bytes]]:
     """The (stream, payload) pairs of a text of whole frames."""
     return ((stream, bytes(payload)) for stream, payload in FrameReader().feed(data) if stream in STREAMS)
@@ -2128,7 +2135,7 @@ class Log:
             if self.full:
                 return
             fresh: list[bytes | memoryview] = []
-            for stream, payload in self._reader.feed(data):
+            for stream, payload in _joined(self._reader.feed(data)) if self._copying else self._reader.feed(data):
                 if stream not in STREAMS:  # 0 is stdin, 3 an error of the engine
                     self._gap()
                     continue
@@ -3066,6 +3073,19 @@ class Wire:
             pass
         return self._take(min(end or limit, limit))
 
+    def chunks(self) -> bytes:
+        """What is in the chunks that have come whole, after one that was read but for its end (RFC 9112, 7.1). An engine sends
+        each line of a log as one."""
+        data, at, found = self._buffer, 0, []
+        while (head := data.find(b"\r\n", at + 2)) > 0:
+            size = int(data[at + 2 : head].partition(b";")[0], 16)
+            if size <= 0 or (end := head + 2 + size) > len(data):
+                break
+            found.append(data[head + 2 : end])
+            at = end
+        del data[:at]
+        return b"".join(found)
+
     def flush(self) -> None:
         """There is nothing to flush."""
 
@@ -3188,6 +3208,12 @@ class Reply:
         return self._response.read1(count)
 
     @asked_to("go on with its answer")
+    def piece(self) -> bytes:
+        """What there is of the body, all that has come whole; b"" at its end. Raises EngineAbsent."""
+        data = self._response.read1(READ_BYTES)
+        return data + self.wire.chunks() if data and getattr(self._response, "chunk_left", None) == 0 else data
+
+    @asked_to("go on with its answer")
     def next(self, wake: int = -1, seconds: float = ENGINE_SECONDS) -> bytes | None:
         """The next bytes of the body; b"" at its end, None when `seconds` have passed or `wake` is readable. Raises
         EngineAbsent."""
@@ -3195,12 +3221,12 @@ class Reply:
             return b""
         chunk = getattr(self._response, "chunk_left", None)  # between two chunks stand the end of one and the size of another
         lines = 0 if chunk or not self._response.chunked else 1 if chunk is None else 2
-        return self._response.read1(READ_BYTES) if self.wire.ready(wake, seconds, lines) else None
+        return self.piece() if self.wire.ready(wake, seconds, lines) else None
 
     def pieces(self) -> Iterator[bytes]:
         """The body, piece by piece. Raises EngineAbsent."""
         with contextlib.closing(self):
-            while piece := self.read1(READ_BYTES):
+            while piece := self.piece():
                 yield piece
 
     def events(self) -> Iterator[dict[str, Any]]:
@@ -6442,10 +6468,11 @@ class Runner:
         """Read what is left of the output of a container that has exited, from the attach stream and then from the engine's
         copy, as long as it comes."""
         for _ in range(1 if job.dropped else 2):
-            late = time.monotonic() + ENGINE_SECONDS
-            while job.hearing is not Hearing.ENDED and time.monotonic() < late:
+            began = time.monotonic()
+            while job.hearing is not Hearing.ENDED:
                 job.patience.heard()
-                if not self._listen(job, engine, QUIET_SECONDS / 2 if job.dropped else QUIET_SECONDS):
+                late = time.monotonic() - began > (HURRY_SECONDS if job.dropped else ENGINE_SECONDS)
+                if late or not self._listen(job, engine, QUIET_SECONDS / 2 if job.dropped else QUIET_SECONDS):
                     break
             if job.hearing is Hearing.LIVE:
                 job.hear(Hearing.COPY)
@@ -6547,12 +6574,20 @@ class Runner:
         try:
             whole = not job.taken_up or engine.traits.tells_rotation
             if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed):
-                copy_output = functools.partial(engine.kept_output, job.container, follow=False)
-                self._persist(job, lambda: job.log.replace(copy_output().pieces()), tries=1 if job.dropped else MAX_TRIES)
+                self._persist(job, lambda: job.log.replace(self._copy(job, engine)), tries=1 if job.dropped else MAX_TRIES)
         except EngineError as error:
             log.warning("run %s: %s", job.run.id, error)
             whole = False
         job.run.logs_truncated = job.in_doubt or not whole
+
+    @staticmethod
+    def _copy(job: Job, engine: Engine) -> Iterator[bytes]:
+        """The engine's copy of the output of a container that has exited, for whoever has time for it."""
+        began = time.monotonic()
+        for piece in engine.kept_output(job.container, follow=False).pieces():
+            yield piece
+            if job.dropped and time.monotonic() - began > HURRY_SECONDS:
+                raise EngineAbsent("the engine takes too long to tell its copy of the log")
 
     def _extract(self, job: Job, engine: Engine) -> dict[str, Any]:
         """Keep what was asked for, in a bounded time and only for somebody who still wants it."""

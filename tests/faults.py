@@ -441,6 +441,7 @@ ENDED_SECONDS = 40.0  # from then on, for anything
 SETTLED_SECONDS = 20.0
 MOST_CALLS = 10  # of one URL within 2 s: about 5 a second
 STDIN = "x" * 300_000
+FLOOD = "yes $(printf %01000d 7)"  # ever the same line; no other begins like it
 EVERY, EXTRACTS = ("image", "create", "attach", "start", "inspect", "wait"), ("put", "look", "archive")
 AT_START = ("version", "info", "list", "networks")  # asked when the daemon starts, or once by each
 KINDS = {
@@ -448,6 +449,7 @@ KINDS = {
     "keyed": (*EVERY, "put", "kill", "any"), "stdin": (*EVERY, "stdin", "kill", "any", "logs"),
     "extract": (*EVERY, *EXTRACTS, "kill", "any"), "pull": (*EVERY, "pull", "kill"),
     "warm": ("hand-out", "logs", "inspect", "start", "remove", "kill", "any"),
+    "flood": ("attach", "inspect", "wait", "logs", "remove", "kill", "any"),
 }  # fmt: skip
 SHARED = ("close", "reset", "hang", "silent", "garbage")
 ANSWERS = ("500", "502", "503", "504", "html", "cut", "shape", "odd")
@@ -671,6 +673,8 @@ class Bench:
         """Send the run as its kind of client does; its answer, and its id unless it was refused."""
         last = "sleep 60" if cell.endless else "sleep 0.7; echo more"
         feed = "wc -c; " if cell.kind == "stdin" else ""
+        if cell.kind == "flood":
+            feed = f"{FLOOD}; " if cell.endless else f"{FLOOD} | head -n 20000; "
         body: dict[str, Any] = {"image": IMAGE, "entrypoint": f"echo out; echo err >&2; {feed}{last}; exit 3"}
         body |= {} if cell.call == "networks" else {"network": "none"}
         body |= {"detached": True} if cell.kind not in {"waiting", "keyed"} else {}
@@ -767,6 +771,7 @@ class Bench:
         lines = ["out", *(["300000"] if cell.kind == "stdin" else []), *([] if cell.endless else ["more"])]
         for stream, whole in (("stdout", lines), ("stderr", ["err"])):
             log = daemon.request("GET", f"/runs/{state['id']}/logs?stream={stream}").text
+            log = re.sub(r"^0+7?(\n|$)", "", log, flags=re.MULTILINE) if cell.kind == "flood" else log
             fits = [whole] if state["reason"] == "exited" else [whole[:count] for count in range(len(whole) + 1)]
             if started and killed and killed[0] - started[0] > 1:
                 fits = [each for each in fits if each]  # There was time for the first line.
