@@ -6351,8 +6351,8 @@ class Runner:
                 if job.hearing is Hearing.ENDED:  # too early, or the engine is late to say that it has exited
                     self._lose(job)
             waits = job.output is None
-            self._listen(job, engine, min(look_at, job.killing.at, job.meter_at, job.idle_at()) - time.monotonic())
-            if waits:
+            left = min(look_at, job.killing.at, job.meter_at, job.idle_at()) - time.monotonic()
+            if not self._listen(job, engine, left) and waits:  # perhaps for its end
                 look_at = time.monotonic()
             elif job.starved is not None:
                 look_at = min(look_at, time.monotonic() + FIRST_LOOK_SECONDS)
@@ -6573,7 +6573,7 @@ class Runner:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
         try:
             whole = not job.taken_up or engine.traits.tells_rotation
-            if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed):
+            if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed or job.log.cut):
                 self._persist(job, lambda: job.log.replace(self._copy(job, engine)), tries=1 if job.dropped else MAX_TRIES)
         except EngineError as error:
             log.warning("run %s: %s", job.run.id, error)

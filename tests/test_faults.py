@@ -5,10 +5,14 @@ The matrix here is a sample, of another seed with `LIGHTRUN_FAULT_SEED=7`; `pyth
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import http.client
+import itertools
 import json
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +21,11 @@ from typing import Any
 import docker
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import faults
+import lightrun as lightrun_module
 from conftest import Daemon, DaemonFactory, eventually
 from engine import IMAGE, EngineApi, UnixConnection
 from faults import Proxy
@@ -218,6 +225,50 @@ def test_a_flood_is_read_while_the_engine_is_asked(proxied: Proxied, flood: str)
     if flood == "exec":
         assert lightrun.request("POST", f"/runs/{run}/cancel").status == 204
         lightrun.wait(run)
+
+
+def test_a_flood_of_short_lines_is_soon_over(daemon: DaemonFactory) -> None:
+    """An engine tells its copy of a log line by line."""
+    lightrun = daemon()
+    run = lightrun.detach(entrypoint=["yes"])
+    lightrun.wait_for(run, lambda state: "startedAt" in state)
+    time.sleep(4)  # of yes: enough for the copy to be full
+    assert lightrun.request("POST", f"/runs/{run}/cancel").status == 204
+    state = lightrun.wait(run, 9)
+    assert (state["reason"], state["logsTruncated"]) == ("cancelled", True)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=30), st.lists(st.integers(1, 50), min_size=1), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_chunks_are_read_however_they_come(body: list[bytes], cuts: list[int], whole: bool) -> None:
+    """As http.client reads them, and a body that is cut off is told from one that ends."""
+    ours, theirs = socket.socketpair()
+    text = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    text += b"".join(b"%x;a=1\r\n%b\r\n" % (len(each), each) for each in body) + b"0\r\n\r\n" * whole
+
+    def send() -> None:
+        with theirs:
+            theirs.recv(65536)
+            at = 0
+            for count in itertools.cycle(cuts):
+                theirs.sendall(text[at : at + count])
+                at += count
+                if at >= len(text):
+                    return
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    wire = lightrun_module.Wire(ours, 10)
+    with contextlib.closing(lightrun_module.Reply(wire, lightrun_module.exchange(wire, "GET", "/", {}, b""))) as reply:
+        got = b""
+        try:
+            while data := reply.next(seconds=10):
+                got += data
+            assert whole
+        except lightrun_module.EngineAbsent:
+            assert not whole
+    sender.join()
+    assert got == b"".join(body)
 
 
 @pytest.mark.parametrize("busy", [False, True])
