@@ -15,7 +15,7 @@ import pytest
 import benchmark
 from conftest import ROOT
 
-HEAVY = {"exec", "memory", "many_runs", "own_cost", "runs", "tar", "throughput", "warm"}  # for the long form
+HEAVY = {"exec", "memory", "many_runs", "own_cost", "runs", "stored", "tar", "throughput", "upload", "warm"}  # for the long form
 
 
 @pytest.mark.timeout(480)

@@ -234,6 +234,7 @@ PROBES: dict[str, dict[str, Any]] = {
 
 LONG = {
     "3 MB of which a line is read", "input as JSON", "a folder for a program", "limit of output", "exit code 255", "signal SEGV",
+    "no program at a path", "a script by PATH", "exit code 125 after input",
 }  # fmt: skip
 
 

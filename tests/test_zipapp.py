@@ -24,7 +24,7 @@ EPOCH = 1_000_000_000
 PIP_SECONDS = 300
 
 
-@pytest.fixture(params=VERSIONS)
+@pytest.fixture(params=[*VERSIONS[::4], *(pytest.param(each, marks=pytest.mark.long) for each in VERSIONS[1:4])])
 def python(request: pytest.FixtureRequest) -> str:
     """Each CPython that lightrun supports and this machine has."""
     version: str = request.param
