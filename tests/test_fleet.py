@@ -104,6 +104,11 @@ class HAProxy:
         rows = [line.split(",") for line in self.tell("show stat").splitlines()]
         return {row[1] for row in rows if row[:1] == [backend] and row[1] != "BACKEND" and row[17].startswith(("UP", "no check"))}
 
+    def busy(self, backend: str, server: str) -> int:
+        """How many requests a server has now."""
+        rows = [line.split(",") for line in self.tell("show stat").splitlines()]
+        return sum(int(row[4]) for row in rows if row[:2] == [backend, server])
+
     def close(self) -> None:
         """End it."""
         self._process.terminate()
@@ -480,7 +485,8 @@ def test_a_node_that_dies_with_a_request(fleet: Fleet, how: str) -> None:
         if taken:
             assert eventually(lambda: fleet.records(f"test={label}"))
         else:
-            time.sleep(0.5)  # the request is in its socket
+            assert eventually(lambda: fleet.proxy.busy("new", "a"))
+            time.sleep(0.2)  # the request is in its socket
         fleet.nodes["a"].kill()
         status, text = answer.result()
     fleet.restart("a")
