@@ -886,6 +886,11 @@ def parent_folders(path: str) -> Iterator[str]:
     return ("/".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
+def way_to(workdir: str) -> list[str]:
+    """The folders of the way to an absolute path, and itself, from the top; none for the root."""
+    return [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]] if folder]
+
+
 def folders_of(paths: Iterable[str], most: float = math.inf) -> set[str]:
     """Every folder above these relative paths; not all of them when they are more than `most`."""
     folders: set[str] = set()
@@ -3941,8 +3946,7 @@ class Layout:
         def look() -> list[str]:
             if engine.traits.makes_workdir:
                 return sorted(engine.added(container))
-            ways = [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]] if folder]
-            return [way for way in ways if self.standing(engine, container, image, way) is Standing.NOTHING]
+            return [way for way in way_to(workdir) if self.standing(engine, container, image, way) is Standing.NOTHING]
 
         return self._fact(image, f"made {workdir}", look)
 
@@ -6156,7 +6160,7 @@ class Runner:
             return []
         if self._layout.standing(engine, warm.container, image, workdir) is not Standing.NOTHING:
             return []
-        return [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]]]
+        return way_to(workdir)
 
     def _became(self, job: Job, warm: Warm, planned: Sequence[Entry]) -> bool:
         """Send a run to a warm container, and wait for the word that all was done up to its program. Which container it has is
@@ -7049,7 +7053,7 @@ class Execs:
         """Have the shim become the command. It is recorded before, for the next daemon to kill."""
         request, job = command.request, command.job
         workdir = request.workdir or job.request.workdir or "/"
-        ways = [f"/{folder}" for folder in [*parent_folders(workdir[1:]), workdir[1:]]] if request.workdir else []
+        ways = way_to(workdir) if request.workdir else []
         folders = [("mkdirat", ANY_RESULT, AT_FDCWD, _c(way), 0o755) for way in ways]
         try:
             frames = [shim_frame(machine, [("close", 0, 3), *folders]), *hand_out_frames(

@@ -280,8 +280,8 @@ def test_a_kill_of_which_nothing_is_heard(proxied: Proxied, engine: docker.APICl
     run = detach(lightrun, "sleep 60", timeout=500)
     assert eventually(lambda: asked.held)
     if busy:
+        name = "lightrun/events:latest"
         for _ in range(130):  # two events each
-            name = "lightrun/events:latest"
             engine.tag(IMAGE, name)
             engine.remove_image(name)
     proxy.mend()

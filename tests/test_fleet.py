@@ -101,13 +101,15 @@ class HAProxy:
 
     def up(self, backend: str) -> set[str]:
         """The servers of a backend that get requests."""
-        rows = [line.split(",") for line in self.tell("show stat").splitlines()]
-        return {row[1] for row in rows if row[:1] == [backend] and row[1] != "BACKEND" and row[17].startswith(("UP", "no check"))}
+        return {row[1] for row in self._servers(backend) if row[17].startswith(("UP", "no check"))}
 
     def busy(self, backend: str, server: str) -> int:
         """How many requests a server has now."""
+        return sum(int(row[4]) for row in self._servers(backend) if row[1] == server)
+
+    def _servers(self, backend: str) -> list[list[str]]:
         rows = [line.split(",") for line in self.tell("show stat").splitlines()]
-        return sum(int(row[4]) for row in rows if row[:2] == [backend, server])
+        return [row for row in rows if row[:1] == [backend] and row[1] != "BACKEND"]
 
     def close(self) -> None:
         """End it."""
