@@ -88,6 +88,11 @@ def eventually(condition: Callable[[], Any], timeout: float = SETTLE_SECONDS, in
     return value
 
 
+def longer(*cases: Any) -> list[Any]:
+    """These cases of a parametrized test in the long form only."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long) for case in cases]
+
+
 def certify_localhost(folder: Path) -> None:
     """Make a certificate for localhost that signs itself: the files `cert` and `key`."""
     line = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=x -keyout key -out cert"

@@ -426,6 +426,7 @@ print(ascii(sys.getfilesystemencoding()))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["ascii", "iso8859-1", "utf-8"])
 def test_names_are_utf8_on_the_disk_whatever_the_locale(tmp_path: Path, encoding: str) -> None:
     locales = tmp_path / "locales"

@@ -18,6 +18,7 @@ from conftest import ROOT
 HEAVY = {"exec", "memory", "many_runs", "own_cost", "runs", "stored", "tar", "throughput", "upload", "warm"}  # for the long form
 
 
+@pytest.mark.long
 @pytest.mark.timeout(480)
 def test_short_form_measures_everything(engine: docker.APIClient, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"

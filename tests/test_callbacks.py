@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from standardwebhooks.webhooks import Webhook
 
-from conftest import Answer, Daemon, DaemonFactory, Receiver, free_port
+from conftest import Answer, Daemon, DaemonFactory, Receiver, free_port, longer
 from engine import IMAGE
 from lightrun import MAX_RETRY_AFTER_SECONDS, CallbackError, deliver, retry_after, signature, webhook_headers
 
@@ -123,6 +123,7 @@ def test_what_may_pass_is_tried_again_with_the_same_bytes(lightrun: Daemon) -> N
         list(pool.map(retried, (0, 408, 425, 429, 500, 503)))
 
 
+@pytest.mark.long
 def test_retry_after_is_honoured(lightrun: Daemon, receiver: Receiver) -> None:
     receiver.answer(503, {"Retry-After": "2"})
     run = lightrun.detach(image=ABSENT, callbackUrl=receiver.url)
@@ -291,7 +292,7 @@ EARLY: list[tuple[bytes, str, bool, float]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", ["http", *longer("https")])
 @pytest.mark.parametrize("leave", [close, reset, half_close])
 @pytest.mark.parametrize("size", [1, 20_000_000])
 def test_an_answer_counts_however_early(
@@ -320,7 +321,7 @@ def trickle(client: socket.socket) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", ["http", *longer("https")])
 def test_an_answer_that_trickles_comes_too_late(scheme: str, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightrun.CALLBACK_SECONDS", 1)
     for said in (b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 20", b"HTTP/1.1 103 Hints\r\nX: "):

@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import pytest
 
 import lightrun
-from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, certify_localhost, eventually, free_port
+from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, certify_localhost, eventually, free_port, longer
 from engine import IMAGE
 from images import Registry
 
@@ -160,21 +160,23 @@ def test_it_is_as_docker_run(command: Command) -> None:
         ((IMAGE, "--setup", "exit 3", "--shell", "true"), 3, r"setup\[0\] failed with exit code 3\n$"),
         (("127.0.0.1:1/absent", "--", "true"), 125, r"^lightrun: pull_failed: .*\n$"),
         ((IMAGE, "--workdir", "/bin/sh", "--", "true"), 125, r"^lightrun: start_failed: .*\n$"),
-        ((IMAGE, "--workdir", "app", "--", "true"), 125, r"^lightrun: --workdir: must be an absolute path.*\n$"),
         ((IMAGE, "--memory", "1", "--env", "1=2", "--", "true"), 125, r"^lightrun: --env\.1: .*; --memory: .*\n$"),
         ((IMAGE, "--timeout", "300", "--", "true"), 125, r"^lightrun: .*--timeout: must be a duration.*\n$"),
-        ((IMAGE, "--label", "x", "--", "true"), 125, r"^lightrun: .*--label: must be NAME=VALUE\n$"),
-        ((IMAGE, "--pids", "many", "--", "true"), 125, r"^lightrun: .*--pids.*\n$"),
         ((IMAGE, "echo", "hi"), 125, r"^lightrun: what to do with echo\? The command stands behind --: .*\n$"),
-        ((IMAGE, "--nope", "--", "true"), 125, r"^lightrun: what to do with --nope\? .*\n$"),
-        ((IMAGE, "--shell", "true", "--", "true"), 125, r"^lightrun: --shell and a command .*\n$"),
-        ((), 125, r"^lightrun: .*IMAGE\n$"),
         ((IMAGE, "--dir", "/no/such", "--", "true"), 125, r"^lightrun: /no/such: .*\n$"),
-        ((IMAGE, "--file", "x=/no/such", "--", "true"), 125, r"^lightrun: /no/such: .*\n$"),
-        ((IMAGE, "--network", "host", "--", "true"), 125, r"^lightrun: --network: .*\n$"),
         ((IMAGE, "--network", "other", "--", "true"), 125, r"^lightrun: .*--allow-network.*\n$"),
-        ((IMAGE, "--url", "ftp://x", "--", "true"), 125, r"^lightrun: the URL must be .*\n$"),
-        ((IMAGE, "--token-file", "/no/such", "--", "true"), 125, r"^lightrun: /no/such: cannot be read: .*\n$"),
+        *longer(
+            ((IMAGE, "--workdir", "app", "--", "true"), 125, r"^lightrun: --workdir: must be an absolute path.*\n$"),
+            ((IMAGE, "--label", "x", "--", "true"), 125, r"^lightrun: .*--label: must be NAME=VALUE\n$"),
+            ((IMAGE, "--pids", "many", "--", "true"), 125, r"^lightrun: .*--pids.*\n$"),
+            ((IMAGE, "--nope", "--", "true"), 125, r"^lightrun: what to do with --nope\? .*\n$"),
+            ((IMAGE, "--shell", "true", "--", "true"), 125, r"^lightrun: --shell and a command .*\n$"),
+            ((), 125, r"^lightrun: .*IMAGE\n$"),
+            ((IMAGE, "--file", "x=/no/such", "--", "true"), 125, r"^lightrun: /no/such: .*\n$"),
+            ((IMAGE, "--network", "host", "--", "true"), 125, r"^lightrun: --network: .*\n$"),
+            ((IMAGE, "--url", "ftp://x", "--", "true"), 125, r"^lightrun: the URL must be .*\n$"),
+            ((IMAGE, "--token-file", "/no/such", "--", "true"), 125, r"^lightrun: /no/such: cannot be read: .*\n$"),
+        ),
     ],
 )
 def test_exit_codes(command: Command, arguments: tuple[str, ...], code: int, says: str) -> None:
@@ -242,6 +244,7 @@ def test_stdin_is_sent_only_when_asked(command: Command) -> None:
         assert done.out.split()[0].decode() == hashlib.sha256(data if url else b"").hexdigest()
 
 
+@pytest.mark.long
 def test_a_loop_that_reads_keeps_its_lines(built: Path, shared: Daemon, home: Path) -> None:
     script = f'while read line; do {sys.executable} {built} run --network none {IMAGE} -- echo "got $line"; done'
     env = {**os.environ, "HOME": str(home), "LIGHT_RUN_URL": url_of(shared)}
@@ -303,6 +306,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes | None, bool]]:
     return found
 
 
+@pytest.mark.long
 def test_a_large_folder_in_and_out(command: Command, tmp_path: Path) -> None:
     """2,000 files with all kinds of names, in one command."""
     source, dice = tmp_path / "in", random.Random(2)
@@ -534,6 +538,7 @@ def test_a_signal_cancels_the_run(start: Start, shared: Daemon, number: signal.S
     assert shared.state(run)["reason"] == "cancelled"
 
 
+@pytest.mark.long
 def test_a_second_signal_leaves_at_once(start: Start, daemon: DaemonFactory) -> None:
     own = daemon(socket=True)
     process = start("run", *OFFLINE, "--label", "test=leave", IMAGE, "--shell", LONG, on=own)
@@ -687,6 +692,7 @@ def test_a_daemon_that_is_killed_loses_no_byte(start: Start, daemon: DaemonFacto
     assert process.returncode == 6
 
 
+@pytest.mark.long
 def test_a_daemon_that_restarts_is_waited_for(start: Start, daemon: DaemonFactory) -> None:
     """SIGTERM, with a run on its way and another about to be sent."""
     own = daemon("--drain", "0s", socket=True)
@@ -794,6 +800,7 @@ def test_an_order_whose_answer_is_lost_was_obeyed(command: Command, shared: Daem
         assert (done.code, done.out.decode().strip(), done.err) == (0, run, "")
 
 
+@pytest.mark.long
 def test_what_cannot_be_joined_does_not_come_twice(start: Start, daemon: DaemonFactory, tmp_path: Path) -> None:
     """More output than the engine's copy holds, and then a daemon that is killed."""
     own = daemon("--log-limit", "64k", socket=True)
@@ -1219,6 +1226,7 @@ def test_a_key_runs_once(client: lightrun.Client) -> None:
     assert first.wait().stdout == second.wait().stdout == client.get(first.id[:18]).wait().stdout
 
 
+@pytest.mark.long
 def test_threads_share_a_client(client: lightrun.Client) -> None:
     with ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda number: client.run(IMAGE, network="none", entrypoint=["echo", str(number)]), range(12)))

@@ -130,6 +130,7 @@ def test_restart_with_live_restore(daemon: DaemonFactory, live: PrivateEngine) -
     is_fine(lightrun)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.long), "kill"])
 def test_restart_without_live_restore(daemon: DaemonFactory, plain: PrivateEngine, how: str) -> None:
     lightrun = daemon("--docker-host", plain.host, "--max-concurrent", "1")
@@ -149,6 +150,7 @@ def test_restart_without_live_restore(daemon: DaemonFactory, plain: PrivateEngin
     is_fine(lightrun)
 
 
+@pytest.mark.long
 def test_hung_engine(daemon: DaemonFactory, plain: PrivateEngine) -> None:
     lightrun = daemon("--docker-host", plain.host)
     run = started(lightrun, "in", entrypoint="echo in; sleep 60")
@@ -178,6 +180,7 @@ def test_hung_engine(daemon: DaemonFactory, plain: PrivateEngine) -> None:
     is_fine(lightrun)
 
 
+@pytest.mark.long
 def test_start_under_a_hung_engine(daemon: DaemonFactory, plain: PrivateEngine) -> None:
     lightrun = daemon("--docker-host", plain.host)
     run = started(lightrun, "in", entrypoint="echo in; sleep 8; echo end")

@@ -23,7 +23,7 @@ import pytest
 
 import faults
 import lightrun
-from conftest import ROOT, Daemon, DaemonFactory, Response, eventually
+from conftest import ROOT, Daemon, DaemonFactory, Response, eventually, longer
 from engine import IMAGE, engine_host
 from faults import Proxy
 
@@ -141,6 +141,7 @@ def test_as_bytes(shared: Daemon, room: str) -> None:
     assert (response.body, response.headers["X-Exit-Code"], response.headers["X-Reason"]) == (b"", "5", "exited")
 
 
+@pytest.mark.long
 def test_as_bytes_that_take_a_while(shared: Daemon, room: str) -> None:
     """The exit code follows the body then."""
     body = json.dumps({"entrypoint": "echo a; sleep 1; echo b; exit 6"})
@@ -279,6 +280,7 @@ def test_a_program_that_is_not_there(shared: Daemon, room: str) -> None:
     assert execute(shared, room, ["/app"])["exitCode"] == 126
 
 
+@pytest.mark.long
 def test_the_shim_may_go(shared: Daemon, sandbox: Sandbox) -> None:
     """A program may remove or replace it: then commands are run without."""
     run = sandbox()
@@ -316,6 +318,7 @@ def test_a_run_without_idle(shared: Daemon, sandbox: Sandbox) -> None:
         shared.request("POST", f"/runs/{run}/cancel")
 
 
+@pytest.mark.long
 def test_a_script_without_a_first_line_is_killed(shared: Daemon, sandbox: Sandbox) -> None:
     """The init runs it by a shell, and gives it a process group of its own."""
     run = sandbox(files={"script": "sleep 104\n"})
@@ -324,6 +327,7 @@ def test_a_script_without_a_first_line_is_killed(shared: Daemon, sandbox: Sandbo
     assert eventually(lambda: processes(shared, run) == [lightrun.SHIM])
 
 
+@pytest.mark.long
 def test_a_shim_kills_where_we_cannot(shared: Daemon, sandbox: Sandbox, engine: docker.APIClient) -> None:
     """As on a machine far away: by kill(2) in the container, and the child of an init too."""
     run = sandbox(files={"script": "sleep 104\n"})
@@ -351,10 +355,9 @@ def test_nothing_of_others_is_killed() -> None:
 @pytest.mark.parametrize(
     "fake",
     [
-        "printf 99; exec yes AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "yes & exec cat >/dev/null",
-        pytest.param("exec sleep 600", marks=pytest.mark.long),
-        "printf 99999999999999999999999999999999; head -c 16384 /dev/zero; sleep 1", "exit 0",
-        pytest.param("cat", marks=pytest.mark.long),
+        "printf 99; exec yes AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "exit 0",
+        *longer("yes & exec cat >/dev/null", "exec sleep 600", "cat",
+                "printf 99999999999999999999999999999999; head -c 16384 /dev/zero; sleep 1"),
     ],
 )  # fmt: skip
 def test_a_shim_that_was_replaced(shared: Daemon, sandbox: Sandbox, fake: str) -> None:
@@ -369,6 +372,7 @@ def test_a_shim_that_was_replaced(shared: Daemon, sandbox: Sandbox, fake: str) -
     assert (state["reason"], state["exitCode"]) == ("timeout", 137)
 
 
+@pytest.mark.long
 def test_a_folder_in_the_shims_place(shared: Daemon, sandbox: Sandbox) -> None:
     run = sandbox()
     state = execute(shared, run, f"rm -f {lightrun.SHIM}; mkdir -p {lightrun.SHIM}/a; sleep 60", timeout=500)
@@ -376,6 +380,7 @@ def test_a_folder_in_the_shims_place(shared: Daemon, sandbox: Sandbox) -> None:
     assert lines(shared, run, "echo goes on") == ["goes on"]
 
 
+@pytest.mark.long
 def test_a_cancel_while_a_shim_does_not_answer(shared: Daemon, sandbox: Sandbox) -> None:
     run = sandbox()
     fake = f"rm {lightrun.SHIM}; printf '#!/bin/sh\nprintf 99; exec yes AAAAAAAAAAAAAAAAAAAAAA\n' > {lightrun.SHIM}"
@@ -398,6 +403,7 @@ def test_a_workdir_that_was_removed(shared: Daemon, sandbox: Sandbox) -> None:
     assert lines(shared, run, "pwd") == ["/app"]
 
 
+@pytest.mark.long
 def test_memory_that_is_full_keeps_no_timeout_off(shared: Daemon, sandbox: Sandbox) -> None:
     run = sandbox(memory="64m")
     state = execute(shared, run, "dd if=/dev/zero of=/dev/shm/f bs=1M count=60 2>/dev/null; sleep 100", timeout=3000)
@@ -412,6 +418,7 @@ def test_output_limit_on_stderr(shared: Daemon, room: str) -> None:
         assert state["durationMs"] < SOON_SECONDS * 1000
 
 
+@pytest.mark.long
 def test_json_spools_nothing(shared: Daemon, sandbox: Sandbox) -> None:
     run = sandbox(memory="64m")
 
@@ -557,6 +564,7 @@ def test_one_that_closes_its_output(shared: Daemon, room: str) -> None:
     assert state["durationMs"] > 1900
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["cancel", "stop", "own end"])
 def test_a_run_that_ends_under_it(shared: Daemon, sandbox: Sandbox, how: str) -> None:
     run = sandbox(entrypoint="until test -e /go; do sleep 0.1; done")
@@ -591,7 +599,7 @@ def test_sigterm_leaves_them_time_and_then_kills_them(daemon: DaemonFactory, san
 
 
 @pytest.mark.parametrize("fields", [{}, {"entrypoint": "sleep 1000", "idle": None}], ids=["idle", "plain"])
-@pytest.mark.parametrize("where", ["", "after 1", pytest.param("before 1", marks=pytest.mark.long)])
+@pytest.mark.parametrize("where", ["after 1", *longer("", "before 1")])
 def test_kill_9_leaves_no_command(daemon: DaemonFactory, sandbox: Sandbox, where: str, fields: dict[str, Any]) -> None:
     """The run is adopted; commands have no client any more and are killed by the next daemon, or never began."""
     own = daemon(socket=True, env={"LIGHTRUN_TRAP": f"Store.begin_exec {where}"} if where else {})
@@ -651,6 +659,7 @@ def test_a_timeout_of_a_run_that_waits(shared: Daemon) -> None:
     assert (state["reason"], state["exitCode"]) == ("timeout", 137)
 
 
+@pytest.mark.long
 def test_idle_counts_on_after_kill_9(daemon: DaemonFactory) -> None:
     own = daemon(socket=True)
     run = own.detach(idle=2000)
@@ -800,6 +809,7 @@ def test_any_call_may_break(
     assert own.state(run)["phase"] == "running"
 
 
+@pytest.mark.long
 def test_an_engine_on_tcp(daemon: DaemonFactory, sandbox: Sandbox) -> None:
     """One that may be far away: what is to end is killed from inside its container, or `error` says that it was not."""
     with contextlib.closing(Proxy(tcp=True)) as proxy:
@@ -836,6 +846,7 @@ def test_output_that_breaks(broken: tuple[Daemon, Proxy], sandbox: Sandbox, faul
     assert eventually(lambda: processes(own, run) == [lightrun.SHIM], SOON_SECONDS)
 
 
+@pytest.mark.long
 def test_a_client_that_leaves_a_hung_engine(broken: tuple[Daemon, Proxy], sandbox: Sandbox) -> None:
     own, proxy = broken
     run = sandbox(on=own)

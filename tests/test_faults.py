@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import faults
 import lightrun as lightrun_module
-from conftest import Daemon, DaemonFactory, eventually
+from conftest import Daemon, DaemonFactory, eventually, longer
 from engine import IMAGE, EngineApi, UnixConnection
 from faults import Proxy
 from images import Registry, remove_image
@@ -173,6 +173,7 @@ def test_output_that_ends_early(proxied: Proxied, how: str) -> None:
         assert len(state["logs"]) == 16
 
 
+@pytest.mark.long
 def test_output_that_falls_silent(proxied: Proxied) -> None:
     """No FIN ever comes: the container's end is noticed, and what is asked of the run is done."""
     lightrun, proxy = proxied("--max-concurrent", "4")
@@ -201,7 +202,7 @@ FLOODS = {
 }
 
 
-@pytest.mark.parametrize("flood", ["timeout", "end", "exec", pytest.param("outputLimit", marks=pytest.mark.long)])
+@pytest.mark.parametrize("flood", ["timeout", "exec", *longer("end", "outputLimit")])
 def test_a_flood_is_read_while_the_engine_is_asked(proxied: Proxied, flood: str) -> None:
     """An engine has no answer to a kill or a look as long as nobody takes the container's last output."""
     call, script, fields, expected = FLOODS[flood]
@@ -227,6 +228,7 @@ def test_a_flood_is_read_while_the_engine_is_asked(proxied: Proxied, flood: str)
         lightrun.wait(run)
 
 
+@pytest.mark.long
 def test_a_flood_of_short_lines_is_soon_over(daemon: DaemonFactory) -> None:
     """An engine tells its copy of a log line by line."""
     lightrun = daemon()
@@ -271,7 +273,7 @@ def test_chunks_are_read_however_they_come(body: list[bytes], cuts: list[int], w
     assert got == b"".join(body)
 
 
-@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("busy", [True, *longer(False)])
 def test_a_kill_of_which_nothing_is_heard(proxied: Proxied, engine: docker.APIClient, busy: bool) -> None:
     """Whose signal ended the run is known from the engine's events, or when it has forgotten those, from the exit code."""
     lightrun, proxy = proxied()

@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import pytest
 
-from conftest import Daemon, DaemonFactory, Response, eventually
+from conftest import Daemon, DaemonFactory, Response, eventually, longer
 from engine import EngineApi, find_busybox, root_filesystem
 from images import remove_image
 from test_uploads import member, tar
@@ -125,6 +125,7 @@ def test_a_key_and_the_same_parts_are_the_same_run(lightrun: Daemon, kind: str) 
     assert lightrun.wait(ids.pop())["logs"][0].startswith("xy")
 
 
+@pytest.mark.long
 def test_an_upload_outlives_the_daemon_until_its_run_has_started(daemon: DaemonFactory) -> None:
     """kill -9 while it waits for its place: the run is started from what was kept, once, and nothing of it stays."""
     lightrun = daemon("--max-concurrent", "1", "--body-limit", "64m")
@@ -179,6 +180,7 @@ def test_a_large_tar_leaves_the_memory_as_it_was(daemon: DaemonFactory, tmp_path
     lightrun.stop()
 
 
+@pytest.mark.long
 def test_an_upload_is_counted_by_the_caps(daemon: DaemonFactory) -> None:
     """What ended is evicted to make room for what is to start."""
     lightrun = daemon("--max-artifacts-bytes", "2m", "--max-concurrent", "1")
@@ -388,7 +390,7 @@ def owned_images(engine_api: EngineApi) -> Iterator[dict[str, str]]:
         remove_image(engine_api, image)
 
 
-@pytest.mark.parametrize("user", USERS)
+@pytest.mark.parametrize("user", ["", "1000:50", "maker", *longer("1000", "maker:staff", "4242")])
 def test_what_lightrun_makes_is_the_users_and_what_the_image_has_stays(
     lightrun: Daemon, owned_images: dict[str, str], user: str
 ) -> None:

@@ -30,7 +30,7 @@ import pytest
 import requests
 
 import lightrun
-from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, Receiver, certify_localhost, eventually, free_port
+from conftest import KEPT_VARIABLES, ROOT, Daemon, DaemonFactory, Receiver, certify_localhost, eventually, free_port, longer
 from engine import IMAGE, PrivateEngine
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -269,6 +269,7 @@ def test_without_a_name_nothing_changes(daemon: DaemonFactory) -> None:
     assert str(uuid.UUID(run)) == run
 
 
+@pytest.mark.long
 def test_a_daemon_may_get_a_name_later(daemon: DaemonFactory) -> None:
     """Runs of both forms are known, kept and cleared away."""
     own = daemon("--artifacts-dir", "artifacts", socket=True)
@@ -289,6 +290,7 @@ def test_a_daemon_may_get_a_name_later(daemon: DaemonFactory) -> None:
     assert own.run(entrypoint=["cat", "x/out"], files={"x": {"artifact": f"{named}/"}})["logs"] == ["1"]
 
 
+@pytest.mark.long
 def test_a_daemon_that_leaves_takes_what_still_comes(daemon: DaemonFactory) -> None:
     own = daemon("--node", "a", "--leave", "2s", socket=True)
     assert own.request("GET", "/health").json()["node"] == "a"
@@ -326,7 +328,7 @@ def test_names_that_are_none(daemon: DaemonFactory, name: str) -> None:
     assert "--node: must be 1 to 63 of a to z, 0 to 9 and -" in own.log()
 
 
-@pytest.mark.parametrize("name", ["a", "7", "a--b", "node-17", "a" * 63])
+@pytest.mark.parametrize("name", ["a--b", "a" * 63, *longer("a", "7", "node-17")])
 def test_names(daemon: DaemonFactory, name: str) -> None:
     own = daemon("--leave", "0s", env={"LIGHT_RUN_NODE": name}, socket=True)
     run = own.run(entrypoint=["true"], extract=["/etc/passwd"])["id"]
@@ -521,6 +523,7 @@ def test_odd_keys_have_one_node_as_well(fleet: Fleet, key: str) -> None:
     assert len({fleet.post(key, entrypoint=["true"]).json()["id"] for _ in range(4)}) == 1
 
 
+@pytest.mark.long
 def test_a_key_whose_node_stays_away(fleet: Fleet) -> None:
     """The client is told that it may have the run."""
     label, patience = uuid.uuid4().hex, "    retries 20 "
@@ -534,6 +537,7 @@ def test_a_key_whose_node_stays_away(fleet: Fleet) -> None:
     assert fleet.post(label + key, entrypoint=["true"]).json()["id"][0] == "b"
 
 
+@pytest.mark.long
 def test_a_node_that_gets_another_name(fleet: Fleet) -> None:
     """Its old runs keep their ids, and are found through the backend of the old name."""
     fields: dict[str, Any] = {"entrypoint": "echo 1 > out", "extract": ["out"]}
@@ -558,6 +562,7 @@ def test_a_node_that_gets_another_name(fleet: Fleet) -> None:
     assert fleet.request("GET", f"/runs/{runs[0]}").status_code == 200
 
 
+@pytest.mark.long
 def test_the_client_outlives_a_node(fleet: Fleet, command: Callable[..., str]) -> None:
     """`kill -9` of the node that has its run: not a line is lost or comes twice."""
     label, script = uuid.uuid4().hex, "for i in $(seq 60); do echo $i; sleep 0.1; done"
@@ -584,6 +589,7 @@ def test_runs_of_a_node_that_is_away(fleet: Fleet) -> None:
     assert fleet.request("GET", f"/runs/{run}").json()["logs"] == ["1"]
 
 
+@pytest.mark.long
 def test_addresses_that_were_swapped(fleet: Fleet) -> None:
     """A name that leads to another node answers 503, not that node's 404."""
     run = fleet.post(to="b", entrypoint=["true"]).json()["id"]
@@ -665,6 +671,7 @@ def test_a_node_that_drains(fleet: Fleet) -> None:
         assert waited.result().json()["logs"] == ["done"]
 
 
+@pytest.mark.long
 def test_a_reload(fleet: Fleet) -> None:
     """New runs go no more to a node that was taken out; what it has, and who waits through the old worker, is answered."""
     run = fleet.post(to="b", entrypoint=["echo", "1"]).json()["id"]
@@ -698,7 +705,7 @@ def over_tls(fleet: Fleet, fields: dict[str, Any], accept: str = "*/*") -> ssl.S
     return connection
 
 
-@pytest.mark.parametrize("how", ["closes", "resets", "leaves events", "dies"])
+@pytest.mark.parametrize("how", ["closes", "dies", *longer("resets", "leaves events")])
 def test_a_client_that_leaves_cancels_its_run(fleet: Fleet, how: str) -> None:
     label = uuid.uuid4().hex
     fields = {"entrypoint": "echo ready; sleep 60", "labels": {"test": label}}
@@ -736,6 +743,7 @@ def test_what_an_operator_sees(fleet: Fleet) -> None:
         assert fleet.request("POST" if path == "/run" else "GET", path, token="wrong").status_code == 401
 
 
+@pytest.mark.long
 def test_a_large_body(fleet: Fleet) -> None:
     """More than HAProxy's buffer: sent once, and whole."""
     text = "x" * 3_000_000

@@ -81,6 +81,7 @@ def test_a_process_bomb_hurts_nobody_else(lightrun: Daemon, engine: docker.APICl
     assert eventually(lambda: not lightrun.containers())
 
 
+@pytest.mark.long
 def test_tiny_pieces_of_two_streams_cost_no_memory(daemon: DaemonFactory) -> None:
     lightrun = daemon("--log-limit", "64k")
     lightrun.run(entrypoint="echo warm; echo up >&2")

@@ -160,6 +160,7 @@ def test_who_finds_no_place_is_told_so(daemon: DaemonFactory) -> None:
     end(lightrun, run)
 
 
+@pytest.mark.long
 def test_a_hundred_followers_get_every_byte(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-waiting", "100")
     script = "sleep 2; i=0; while [ $i -lt 100 ]; do echo line $i; sleep 0.02; i=$((i+1)); done; printf end"
@@ -232,6 +233,7 @@ def test_pipelining_slow_readers_hold_no_thread(narrow: Daemon, download: str, p
         assert_control_routes_answer(narrow, download)
 
 
+@pytest.mark.long
 def test_a_slow_reader_gets_it_all(narrow: Daemon, download: str) -> None:
     with narrow.open("GET", f"/runs/{download}/artifacts/big") as response:
         time.sleep(2)
@@ -255,6 +257,7 @@ def rss(daemon: Daemon) -> int:
     return int(psutil.Process(daemon.pid).memory_info().rss)
 
 
+@pytest.mark.long
 def test_memory_is_flat_over_many_calls(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     run = lightrun.run(entrypoint="echo hello > a", extract=["a"], network="none")["id"]
@@ -321,6 +324,7 @@ def test_answers_that_nobody_reads_wait_on_disk(daemon: DaemonFactory, path: str
 # ---------------------------------------------------------------- Descriptors
 
 
+@pytest.mark.long
 def test_without_descriptors_connections_wait(daemon: DaemonFactory) -> None:
     """None is lost, the log says it once, and what is connected is served."""
     lightrun = daemon()

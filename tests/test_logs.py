@@ -190,6 +190,7 @@ def test_a_huge_frame_is_not_held(announced: int) -> None:
     assert log.truncated
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "step"), [(8 << 20, 64), (200_000, 1), (64 << 20, 4096)])
 def test_large_frames_in_tiny_pieces_take_linear_time(size: int, step: int) -> None:
     """A frame that was joined at each piece took hours."""
@@ -285,6 +286,7 @@ def test_long_lines_come_in_marked_pieces(length: int, end: bytes, step: int) ->
     assert [event.get("partial", False) for event in told] == [True] * (len(told) - 1) + [False]
 
 
+@pytest.mark.long
 def test_a_long_line_takes_linear_time() -> None:
     began, events = time.process_time(), LineEvents()
     assert len(list(events.feed(framed([(1, bytes(64 << 20))])))) == (64 << 20) // LINE_BYTES - 1

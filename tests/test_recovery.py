@@ -20,7 +20,7 @@ import pytest
 
 import lightrun as module
 import soak
-from conftest import HELD, LABEL_RUN, LABEL_STATE, ROOT, Daemon, DaemonFactory, Receiver, Response, eventually, release
+from conftest import HELD, LABEL_RUN, LABEL_STATE, ROOT, Daemon, DaemonFactory, Receiver, Response, eventually, longer, release
 from engine import IMAGE
 from lightrun import parse_timestamp
 
@@ -158,7 +158,7 @@ def test_container_that_ended_meanwhile(daemon: DaemonFactory, receiver: Receive
     assert receiver.wait()[0].body == lightrun.request("GET", f"/runs/{run}").body.split(b',"callback":')[0] + b"}"
 
 
-@pytest.mark.parametrize("trap", ["Extraction._write after 1", "Extraction._move_in after 1", "Store.finish before 1"])
+@pytest.mark.parametrize("trap", ["Extraction._move_in after 1", *longer("Extraction._write after 1", "Store.finish before 1")])
 def test_kill_during_extraction(daemon: DaemonFactory, trap: str) -> None:
     lightrun = daemon(env={"LIGHTRUN_TRAP": trap})
     script = "mkdir d; echo 1 > d/a; echo 2 > d/b; echo 3 > c; echo done"
@@ -217,6 +217,7 @@ def test_run_of_a_waiting_client_is_interrupted(daemon: DaemonFactory, pool: Thr
     assert eventually(lambda: not lightrun.containers())
 
 
+@pytest.mark.long
 def test_stdin_that_was_not_written_whole(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     blocked = lightrun.detach(entrypoint="sleep 30", stdin="x" * 8_000_000)
@@ -257,6 +258,7 @@ def test_key_of_an_answer_that_was_never_sent(daemon: DaemonFactory, pool: Threa
     assert len(lightrun.request("GET", "/runs").json()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("how", "reason", "status"), [("cancel", "cancelled", "cancelled"), ("stop", "stopped", "failed")])
 def test_recorded_wish_is_fulfilled(daemon: DaemonFactory, how: str, reason: str, status: str) -> None:
     lightrun = daemon(env={"LIGHTRUN_TRAP": "Engine.kill before 1"})
@@ -283,6 +285,7 @@ def test_queued_run_whose_cancel_was_recorded_never_starts(daemon: DaemonFactory
     assert lightrun.wait(first)["reason"] == "exited"
 
 
+@pytest.mark.long
 def test_adopted_logs_beyond_the_limit_say_so(daemon: DaemonFactory) -> None:
     lightrun = daemon("--log-limit", "10k")
     long = "i=0; while [ $i -lt {} ]; do echo line $i; i=$((i+1)); done; echo said; sleep 2; echo end"
@@ -338,7 +341,7 @@ def test_strays_go_and_strangers_stay(daemon: DaemonFactory, engine: docker.APIC
     assert not list((lightrun.state_dir / "secrets").iterdir())
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [True, *longer(False)])
 def test_secrets_go_with_the_run(daemon: DaemonFactory, receiver: Receiver, killed: bool) -> None:
     canary = uuid.uuid4().hex
     lightrun = daemon(env={"LIGHTRUN_DELAYS": "0.5 0.5"})
@@ -366,7 +369,7 @@ def test_secrets_go_with_the_run(daemon: DaemonFactory, receiver: Receiver, kill
 # ---------------------------------------------------------------- the very first start
 
 
-@pytest.mark.parametrize("trap", ["Store._prepare before 1", "Store._prepare after 1", "_claim_artifacts_dir before 1"])
+@pytest.mark.parametrize("trap", ["Store._prepare after 1", *longer("Store._prepare before 1", "_claim_artifacts_dir before 1")])
 def test_kill_during_the_first_start(daemon: DaemonFactory, trap: str) -> None:
     lightrun = daemon(env={"LIGHTRUN_TRAP": trap}, start=False).start(wait=False)
     dies(lightrun)
@@ -430,6 +433,7 @@ def test_second_sigterm_ends_it_at_once(daemon: DaemonFactory, pool: ThreadPoolE
     assert lightrun.wait(run)["reason"] == "interrupted"
 
 
+@pytest.mark.long
 def test_restart_under_load_loses_nothing(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-concurrent", "4")
     accepted: dict[str, str] = {}
@@ -470,9 +474,9 @@ ACTIONS = {"cancelled": "cancel", "stopped": "stop"}
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"timeout": 1500}, "timeout"), ({"outputLimit": 3}, "output_limit"), ({}, "stopped"),
-        pytest.param({"cpuTime": 500, "entrypoint": "while :; do :; done"}, "cpu_limit", marks=pytest.mark.long),
-        pytest.param({}, "cancelled", marks=pytest.mark.long),
+        ({"timeout": 1500}, "timeout"), ({}, "stopped"),
+        *longer(({"outputLimit": 3}, "output_limit"), ({"cpuTime": 500, "entrypoint": "while :; do :; done"}, "cpu_limit"),
+                ({}, "cancelled")),
     ],
 )  # fmt: skip
 def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dict[str, Any], reason: str) -> None:
@@ -491,7 +495,7 @@ def test_kill_between_a_signal_and_its_record(daemon: DaemonFactory, fields: dic
 # ---------------------------------------------------------------- eviction and deletion
 
 
-@pytest.mark.parametrize("trap", ["Store.delete before 1", "Store.delete after 1", "Store._drop_secret before 4"])
+@pytest.mark.parametrize("trap", ["Store.delete after 1", *longer("Store.delete before 1", "Store._drop_secret before 4")])
 def test_kill_during_deletion(daemon: DaemonFactory, receiver: Receiver, trap: str) -> None:
     lightrun = daemon(env={"LIGHTRUN_TRAP": trap})
     run = lightrun.detach(entrypoint="echo x > x", extract=["x"], callbackUrl=receiver.url)
@@ -505,7 +509,7 @@ def test_kill_during_deletion(daemon: DaemonFactory, receiver: Receiver, trap: s
     assert not list((lightrun.state_dir / "secrets").iterdir())
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["after", *longer("before")])
 def test_kill_during_eviction(daemon: DaemonFactory, when: str) -> None:
     lightrun = daemon("--keep", "2", env={"LIGHTRUN_TRAP": f"Store.delete {when} 1"})
     runs = []

@@ -281,6 +281,7 @@ def test_conflicts(lightrun: Daemon, receiver: Receiver) -> None:
 # ---------------------------------------------------------------- Callbacks that fail, and a daemon that is killed
 
 
+@pytest.mark.long
 def test_a_callback_that_fails(lightrun: Daemon, receiver: Receiver) -> None:
     receiver.answer(500, body=CANARIES["callbackUrl"].encode())
     receiver.answer(302, {"Location": receiver.url + "?" + CANARIES["callbackUrl"]}, body=CANARIES["callbackSecret"].encode())
@@ -293,6 +294,7 @@ def test_a_callback_that_fails(lightrun: Daemon, receiver: Receiver) -> None:
     nothing_is_left(lightrun)
 
 
+@pytest.mark.long
 def test_callbacks_that_nobody_takes(lightrun: Daemon, receiver: Receiver) -> None:
     """What is owed stays for the next attempts, until its run is deleted."""
     fields = secrets(receiver)[0]

@@ -18,7 +18,7 @@ from typing import Any
 import docker
 import pytest
 
-from conftest import HELD, Daemon, DaemonFactory, Response, eventually, release
+from conftest import HELD, Daemon, DaemonFactory, Response, eventually, longer, release
 from engine import IMAGE, engine_host
 from relay import Relay, unix_socket
 
@@ -75,6 +75,7 @@ def test_every_waiting_client_gets_its_answer(daemon: DaemonFactory, pool: Threa
     ended(lightrun, 2 + KILL_SECONDS + LATE_SECONDS)
 
 
+@pytest.mark.long
 def test_the_drain_is_long_enough_for_a_run(daemon: DaemonFactory, pool: ThreadPoolExecutor, engine: docker.APIClient) -> None:
     lightrun = daemon("--drain", "1m")
     answers = waiting(pool, lightrun, entrypoint=f"echo ready; {HELD}; echo done")
@@ -175,6 +176,7 @@ def test_an_answer_on_its_way_arrives_whole(daemon: DaemonFactory, download: dic
         ended(lightrun, LATE_SECONDS)
 
 
+@pytest.mark.long
 def test_who_never_reads_has_until_the_end_of_the_drain(daemon: DaemonFactory, download: dict[str, Any]) -> None:
     lightrun = daemon("--drain", "2s")
     run = lightrun.run(**download)["id"]
@@ -241,6 +243,7 @@ def test_a_late_request_gets_an_answer_or_no_connection(daemon: DaemonFactory, p
         assert lightrun.wait(run["id"], 60)["reason"] == "exited"
 
 
+@pytest.mark.long
 def test_a_hung_engine_costs_one_deadline_for_all(daemon: DaemonFactory, pool: ThreadPoolExecutor, tmp_path: Path) -> None:
     """Their ends cannot be recorded: no answer is made up, and the next start ends them."""
     relay = Relay(unix_socket(str(tmp_path / "engine")))
@@ -314,7 +317,7 @@ def test_sighup_without_a_token_file_is_ignored(daemon: DaemonFactory) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGHUP, None), (signal.SIGTERM, 0), pytest.param(signal.SIGINT, 0, marks=pytest.mark.long)],
+    [(signal.SIGTERM, 0), *longer((signal.SIGHUP, None), (signal.SIGINT, 0))],
     ids=lambda value: str(value),
 )
 def test_a_signal_while_it_starts(daemon: DaemonFactory, tmp_path: Path, number: signal.Signals, code: int | None) -> None:

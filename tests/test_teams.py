@@ -90,6 +90,7 @@ def test_pages_of_a_label(teams: Daemon) -> None:
     assert seen == runs[::-1]
 
 
+@pytest.mark.long
 def test_a_list_by_label_costs_the_same_with_a_long_history(tmp_path: Path) -> None:
     """Counted by SQLite: what it does for a list does not grow with runs that are not in it."""
     store = lightrun.Store(tmp_path / "state")
@@ -209,6 +210,7 @@ def starts(daemon: Daemon, runs: dict[str, str]) -> str:
     return "".join(runs[run] for run in sorted(states, key=lambda run: str(states[run]["startedAt"])))
 
 
+@pytest.mark.long
 def test_no_backlog_holds_up_another_team(daemon: DaemonFactory, tmp_path: Path) -> None:
     own = serve(daemon, tmp_path, TOKENS, "--max-concurrent", "1", "--queue", "100")
     gate = post(own, ALL, detached=True, entrypoint="sleep 2").json()["id"]

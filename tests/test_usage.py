@@ -106,6 +106,7 @@ def test_cpu_of_an_orphan(metered: Daemon) -> None:
     assert told - 10 <= state["usage"]["cpuMs"] <= told * 1.03 + 40 + COLD_MS
 
 
+@pytest.mark.long
 def test_a_sleeper_is_not_charged(metered: Daemon) -> None:
     state = metered.run(entrypoint="sleep 2", cpuTime=200)
     assert (state["reason"], state["usage"]["cpuMs"] <= 10 + COLD_MS) == ("exited", True)
@@ -167,6 +168,7 @@ def test_an_adopted_run_is_counted_from_its_start(daemon: DaemonFactory) -> None
     assert other["usage"]["cpuMs"] <= 10 + COLD_MS
 
 
+@pytest.mark.long
 def test_adopted_runs_keep_their_limit_of_cpu(daemon: DaemonFactory) -> None:
     daemon_ = daemon()
     run = daemon_.detach(entrypoint="echo begun; sleep 2; while :; do :; done", cpuTime=700)
@@ -305,6 +307,7 @@ def test_nothing_is_left_but_the_slots(daemon: DaemonFactory, engine: docker.API
     assert slots(state_id) == set()
 
 
+@pytest.mark.long
 def test_a_slot_waits_for_the_run_in_it(daemon: DaemonFactory) -> None:
     lightrun_ = daemon()
     run = lightrun_.detach(entrypoint=BURN_ONE % (300) + "; sleep 2")
@@ -381,6 +384,7 @@ def test_followers_get_what_the_limit_allows(metered: Daemon) -> None:
     assert metered.wait(run)["reason"] == "output_limit"
 
 
+@pytest.mark.long
 def test_a_limit_of_output_survives_a_kill(daemon: DaemonFactory) -> None:
     lightrun_ = daemon()
     run = lightrun_.detach(entrypoint="echo begun; sleep 3; while :; do echo 0123456789; done", outputLimit=1000)

@@ -22,7 +22,7 @@ import docker
 import pytest
 
 import lightrun
-from conftest import ROOT, Daemon, DaemonFactory, Receiver, eventually
+from conftest import ROOT, Daemon, DaemonFactory, Receiver, eventually, longer
 from engine import IMAGE, EngineApi, PrivateEngine, engine_host
 from images import Registry, make_image
 from relay import Relay, unix_socket
@@ -232,22 +232,22 @@ PROBES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-LONG = {
-    "3 MB of which a line is read", "input as JSON", "a folder for a program", "limit of output", "exit code 255", "signal SEGV",
-    "no program at a path", "a script by PATH", "exit code 125 after input",
+SHORT = {
+    "the world", "environment", "3 MB of input", "no program", "a file that is no program", "out of memory", "children",
+    "a script, files, extract, exit code 3", "files over the image's", "20 MB of output",
 }  # fmt: skip
 
 
 def probes() -> Iterator[Any]:
     """Each probe of the plain image, and some of the others."""
     for name, fields in PROBES.items():
-        yield pytest.param("", fields, id=name, marks=[pytest.mark.long] if name in LONG else [])
+        yield pytest.param("", fields, id=name, marks=[] if name in SHORT else [pytest.mark.long])
     for image in ("uid_image", "user_image", "volume_image"):
         for name in ("the world", "no program"):
-            short = (name, image) in {("the world", "uid_image"), ("the world", "user_image"), ("no program", "uid_image")}
+            short = (name, image) == ("the world", "user_image")
             yield pytest.param(image, PROBES[name], id=f"{name}, {image}", marks=[] if short else [pytest.mark.long])
     yield pytest.param("volume_image", {"entrypoint": "echo x > data/y; ls -la data | sed 's/ [A-Z].*//'"}, id="volume")
-    yield pytest.param("command_image", {}, id="the image's own command", marks=[pytest.mark.long])
+    yield pytest.param("command_image", {}, id="the image's own command", marks=pytest.mark.long)
     yield pytest.param("command_image", {"env": {"GREETING": "bye", "A": "b"}}, id="the image's own command and variables")
     yield pytest.param("static_image", {"entrypoint": ["/cat", "/etc/hostname", "-"], "stdin": "x"}, id="no shell, input")
     yield pytest.param("static_image", {"entrypoint": "true"}, id="no shell, script")
@@ -415,6 +415,7 @@ def test_detached_and_keyed_runs_are_warm_too(pair: tuple[Daemon, Daemon]) -> No
     assert (states[0]["logs"], states[0]["exitCode"], states[0].get("warm")) == (["/dev/null", "once"], 5, True)
 
 
+@pytest.mark.long
 def test_an_adopted_run(daemon: DaemonFactory) -> None:
     """It keeps its deadline, which does not count from its container's start, its log, its stdin and its exit code."""
     lightrun_ = full(daemon("--warm", f"{IMAGE}=4/none"), 4)
@@ -449,17 +450,16 @@ def test_an_adopted_run(daemon: DaemonFactory) -> None:
 @pytest.mark.parametrize(
     ("traps", "is_warm"),
     [
-        pytest.param(("Pools.hand_out before 1",), None, marks=pytest.mark.long),
-        (("Store.begin before 1",), None),  # from here on it is known that it was handed out, but not whether whole
-        (("Store.begin after 1",), False),
-        pytest.param(("Store.begin after 1", "Store.take_back before 1"), False, marks=pytest.mark.long),
-        pytest.param(("Store.begin after 1", "Store.take_back after 1"), None, marks=pytest.mark.long),
-        pytest.param(("Store.begin after 1", "Runner._hand_out after 1"), None, marks=pytest.mark.long),
-        pytest.param(("Pools.hand_out after 1",), True, marks=pytest.mark.long),
+        (("Store.begin after 1",), False),  # it is known that it was handed out, but not whether whole
         (("Runner._became after 1",), True),
-        pytest.param(("Runner._became after 1", "Runner._has_become after 1"), True, marks=pytest.mark.long),
-        pytest.param(("Runner._feed after 1",), True, marks=pytest.mark.long),
-        (("Store.finish before 1",), True),
+        *longer(
+            (("Pools.hand_out before 1",), None), (("Store.begin before 1",), None),
+            (("Store.begin after 1", "Store.take_back before 1"), False),
+            (("Store.begin after 1", "Store.take_back after 1"), None),
+            (("Store.begin after 1", "Runner._hand_out after 1"), None), (("Pools.hand_out after 1",), True),
+            (("Runner._became after 1", "Runner._has_become after 1"), True), (("Runner._feed after 1",), True),
+            (("Store.finish before 1",), True),
+        ),
     ],
 )  # fmt: skip
 def test_a_kill_at_each_step(daemon: DaemonFactory, traps: tuple[str, ...], is_warm: bool | None) -> None:
@@ -528,6 +528,7 @@ def test_an_image_that_changes(daemon: DaemonFactory, engine: docker.APIClient) 
         engine.remove_image("lightrun/changing:1", force=True)
 
 
+@pytest.mark.long
 def test_a_missing_image_is_pulled(daemon: DaemonFactory, registry: Registry) -> None:
     image = registry.push(IMAGE, "warm/image:1")
     lightrun_ = daemon("--warm", f"{image}=1/none")
@@ -541,6 +542,7 @@ def run_warm_when_there(daemon: Daemon, image: str) -> dict[str, Any]:
     return run_warm(daemon, image=image, entrypoint="echo x")
 
 
+@pytest.mark.long
 def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
     lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never")
     assert eventually(lambda: "no warm container of docker.io/lightrun/nosuch:latest" in lightrun_.log())
@@ -548,6 +550,7 @@ def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
     lightrun_.stop()
 
 
+@pytest.mark.long
 def test_a_restarted_engine(daemon: DaemonFactory) -> None:
     with PrivateEngine() as private:
         lightrun_ = daemon("--docker-host", private.host, "--warm", f"{IMAGE}=2/none")
@@ -573,6 +576,7 @@ def test_a_warm_container_that_was_killed(daemon: DaemonFactory, engine: docker.
     assert run_warm(lightrun_, entrypoint="echo y")["logs"] == ["y"]
 
 
+@pytest.mark.long
 def test_a_connection_that_breaks(daemon: DaemonFactory, tmp_path: Path) -> None:
     """The output of a warm run goes on from the engine's copy, without what the shim printed before the program."""
     with contextlib.closing(Relay(unix_socket(str(tmp_path / "engine")))) as relay:
@@ -594,6 +598,7 @@ def test_a_connection_that_breaks(daemon: DaemonFactory, tmp_path: Path) -> None
         lightrun_.stop()
 
 
+@pytest.mark.long
 def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
     """The shim gives up, nothing has run, and the engine says what is wrong."""
     lightrun_ = daemon("--warm", f"{IMAGE}=1/none")

@@ -27,7 +27,7 @@ import psutil
 import pytest
 
 import lightrun
-from conftest import LABEL_RUN, Daemon, DaemonFactory, Response, eventually
+from conftest import LABEL_RUN, Daemon, DaemonFactory, Response, eventually, longer
 from engine import IMAGE, EngineApi, find_busybox, root_filesystem
 from images import Registry, remove_image
 
@@ -144,7 +144,7 @@ LONG_LINES = ["x" * LIVE_LIMIT, "x" * (LIVE_LIMIT + 1), "y" * 100_000, "a" + "é
 
 
 @pytest.mark.parametrize(
-    "text", ["\n".join([*LONG_LINES, "last\n"]), *LONG_LINES], ids=["all", "limit", "over", "long", "two", "four"]
+    "text", ["\n".join([*LONG_LINES, "last\n"]), *longer(*LONG_LINES)], ids=["all", "limit", "over", "long", "two", "four"]
 )
 def test_long_lines_come_in_pieces(lightrun_tcp: Daemon, text: str) -> None:
     files = {"text": text}
@@ -357,6 +357,7 @@ def test_a_follower_sees_bytes_as_they_are_printed(lightrun_tcp: Daemon) -> None
         assert response.read() == b"two"
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_short_runs_six_at_a_time_lose_no_byte(lightrun_tcp: Daemon) -> None:
     def lost(number: int) -> str:
@@ -417,6 +418,7 @@ class Watchman:
         return self._most - self._before
 
 
+@pytest.mark.long
 def test_a_flood_costs_little_memory(daemon: DaemonFactory) -> None:
     lightrun = daemon()
     lightrun.run(entrypoint="true", network="none")
@@ -482,6 +484,7 @@ def test_a_follower_that_is_too_slow_is_cut_off_with_an_error_and_the_others_are
             stuck.read()
 
 
+@pytest.mark.long
 def test_a_live_client_that_is_too_slow_gets_a_gap_and_its_run_goes_on(daemon: DaemonFactory, tmp_path: Path) -> None:
     lightrun = patched(daemon, tmp_path, FALL_BEHIND)
     with live(lightrun, f"{SMALL_FLOOD}; sleep 3; echo after", files=FLOOD["files"]) as events:
@@ -497,6 +500,7 @@ def test_a_live_client_that_is_too_slow_gets_a_gap_and_its_run_goes_on(daemon: D
         assert numbers == [(numbers[0] + count) % 10_000 for count in range(len(numbers))]
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_cuts_followers_off_and_not_the_run(daemon: DaemonFactory) -> None:
     lightrun = daemon(start=False)
     lightrun.state_dir.mkdir()
@@ -816,6 +820,7 @@ def test_a_run_is_kept_while_another_client_waits_for_it(lightrun_tcp: Daemon) -
         assert lightrun_tcp.wait(run, timeout=10)["reason"] == "cancelled"
 
 
+@pytest.mark.long
 def test_a_run_is_kept_when_the_other_client_leaves(lightrun_tcp: Daemon) -> None:
     before = running(lightrun_tcp)
     with send(lightrun_tcp, "POST", "/run", request_body("echo ready; sleep 4")) as first:
@@ -1088,6 +1093,7 @@ def test_events_so_far(lightrun_tcp: Daemon) -> None:
         assert lightrun_tcp.request("GET", f"/runs/{run}/events?{query}").status == 400, query
 
 
+@pytest.mark.long
 def test_where_bytes_stand_survives_a_kill_or_is_not_told(daemon: DaemonFactory) -> None:
     """The engine's copy of a log, from which an adopted run is read, is whole only while it is small."""
     lightrun = daemon("--log-limit", "64k")

@@ -201,6 +201,7 @@ def test_a_lock_without_hashes_is_refused(pyproject: str) -> None:
 # ---------------------------------------------------------------- The command
 
 
+@pytest.mark.long
 @pytest.mark.timeout(PIP_SECONDS)
 def test_pip_install_gives_the_command(tmp_path: Path) -> None:
     source, environment = tmp_path / "source", tmp_path / "venv"
