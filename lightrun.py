@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import copy
@@ -106,6 +107,8 @@ MAX_FOLDERS = 10_000  # that the files of a request need; each is a member of th
 MAX_RUN_PART_BYTES = 64 * MIB  # of the JSON that comes with an upload; it is read as a whole
 MAX_PARTS = 10_002  # of an upload: the JSON, a tar, and as many files as the JSON may have
 MAX_PART_HEADER_BYTES = 8 * KIB
+MAX_ATTRIBUTES = 100  # of an upload's header, or of a tar as a whole: their parsers' time grows with the square of it
+MAX_DIGITS = 256  # in a row, in a tar's header; a regex of older tarfiles takes quadratic time (CVE-2024-6232)
 MAX_JSON_DIGITS = 1000  # digits of an integer in a body; converting more takes quadratic time
 MAX_ARGUMENT_BYTES = 131_071  # Linux refuses longer single arguments and variables (MAX_ARG_STRLEN, with its NUL)
 MAX_OUTPUT_BYTES = 1 << 50  # the largest outputLimit
@@ -124,7 +127,8 @@ MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute 
 MAX_KNOWN_IMAGES, MAX_KNOWN_PATHS = 64, 20_000  # of what images have at the paths of requests
 MAX_TAR_HEADER_BYTES = MIB  # of a member's name and attributes
 MAX_TAR_PATH_BYTES = 4000  # of a name in an uploaded tar; with the workdir it stays under PATH_MAX
-MAX_LINKS_FOLLOWED, MAX_LINK_STEPS = 40, 1_000_000  # by one link of a tree; by all of them
+MAX_TREE_NAMES_BYTES = 32 * MIB  # of the names in a tree that goes in, those of folders that only follow from one included
+MAX_LINKS_FOLLOWED, MAX_LINK_STEPS = 40, 10_000_000  # by one link of a tree; by all of them, each as many as it is deep
 COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; with 1 MiB extraction took twice as long
 
 READ_BYTES = 256 * KIB  # one read of the attach stream
@@ -394,6 +398,7 @@ class Token:
         pairs = [word.partition("=")[::2] for word in rest[1:]]
         limits = {option: int(text) for option, text in pairs if re.fullmatch("[0-9]{1,6}", text)}
         sound = limits.keys() <= {"max", "queue"} and len(limits) == len(pairs) and limits.get("max") != 0
+        sound = sound and not rest[0].startswith(("max=", "queue="))  # a plain token has no limits, and that is none
         if not sound or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
             raise UsageError(f"{where}: must be TOKEN, or NAME TOKEN [max=N] [queue=N]")
         return cls(rest[0], name, (limits.get("max"), limits.get("queue")))
@@ -503,10 +508,10 @@ _NAME = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _REFERENCE = rf"^(?:sha256:[a-f0-9]{{64}}|(?:{_HOST}/)?{_NAME}(?:/{_NAME})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[a-f0-9]{{64}})?)$"
 
 
-def _size_field(low: int, high: int, name: str, description: str) -> dict[str, Any]:
-    """A field in bytes, as a number or as `256m`; `name` is that of its format."""
+def _size_field(low: int, high: int, description: str) -> dict[str, Any]:
+    """A field in bytes, as a number or as `256m`."""
     says = f"must be a size such as 256m, from {low} to {high} bytes"
-    text = {"type": "string", "pattern": _SIZE, "format": name, "says": says}
+    text = {"type": "string", "pattern": _SIZE, "bytes": [low, high], "says": says}
     return {"anyOf": [{"type": "integer", "minimum": low, "maximum": high}, text], "description": description}
 
 
@@ -526,6 +531,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
                  "properties": {"base64": base64_text, "artifact": reference}}  # fmt: skip
     content = {"anyOf": [{"type": "string"}, elsewhere]}
     longest = round(settings.max_timeout * 1000)
+    largest = MAX_FILE_BYTES if settings.file_size is None else settings.file_size
     fields: dict[str, dict[str, Any]] = {
         "image": {
             "type": "string", "minLength": 1, "maxLength": 300, "pattern": _REFERENCE,
@@ -571,10 +577,10 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
             "type": "integer", "minimum": 1, "maximum": longest, "default": min(DEFAULT_TIMEOUT_MS, longest),
             "unit": "milliseconds", "description": "Wall time of the container in ms, from its start.",
         },
-        "memory": _size_field(MIN_MEMORY_BYTES, settings.memory, "memory", "Memory, as bytes or 256m."),
+        "memory": _size_field(MIN_MEMORY_BYTES, settings.memory, "Memory, as bytes or 256m."),
         "cpus": {"type": "number", "minimum": 0.01, "maximum": settings.cpus, "description": "CPUs."},
         "pids": {"type": "integer", "minimum": MIN_PIDS, "maximum": settings.pids, "description": "Processes and threads."},
-        "fileSize": _size_field(0, _most_file_size(settings), "file-size", "Largest file that a program may write."),
+        "fileSize": _size_field(0, largest, "Largest file that a program may write."),
         "cpuTime": {
             **({"type": "integer", "minimum": 1, "maximum": 3_600_000, "unit": "milliseconds"} if metered else {"not": {}}),
             "says": "cannot be kept to here: lightrun does not see the cgroups of its engine",
@@ -599,6 +605,7 @@ def request_schema(settings: Settings, metered: bool = True) -> dict[str, Any]:
                 "type": "object", "required": ["from", "to"], "additionalProperties": False,
                 "properties": {"from": path, "to": {
                     "type": "string", "minLength": 1, "maxLength": 1024, "pattern": _SEGMENTS, "format": "artifact-path",
+                    "maxBytes": MAX_ARTIFACT_PATH_BYTES // 2,
                     "says": "must be a relative path without empty, . or .. segments and backslashes, of at most "
                     f"{MAX_ARTIFACT_DEPTH // 2} segments of 255 bytes",
                 }},
@@ -639,10 +646,6 @@ def exec_schema(settings: Settings) -> dict[str, Any]:
     return {"type": "object", "required": ["entrypoint"], "additionalProperties": False, "properties": chosen}
 
 
-def _most_file_size(settings: Settings) -> int:
-    return MAX_FILE_BYTES if settings.file_size is None else settings.file_size
-
-
 def _short_segments(path: str) -> bool:
     return all(len(segment.encode(errors="replace")) <= 255 for segment in path.split("/"))
 
@@ -664,20 +667,17 @@ def _is_base64(text: str) -> bool:
     return len(text) % 4 == 0 and bool(_regex(_BASE64).search(text))
 
 
-def _formats(settings: Settings) -> dict[str, Callable[[str], bool]]:
-    """What `pattern` cannot say, by the name that the schema gives it."""
-    return {
-        "file-path": _short_segments,
-        "artifact-path": lambda path: _short_segments(path) and path.count("/") < MAX_ARTIFACT_DEPTH // 2,
-        "workdir": _good_workdir,
-        "network": lambda name: name not in {"host", "default"},
-        "memory": lambda text: MIN_MEMORY_BYTES <= parse_size(text) <= settings.memory,
-        "file-size": lambda text: parse_size(text) <= _most_file_size(settings),
-        "callback-url": _good_url,
-        "callback-secret": lambda text: not text.startswith("whsec_") or bool(_is_base64(text[6:])),
-        "base64": _is_base64,
-        "printable": str.isprintable,
-    }
+FORMATS: dict[str, Callable[[str], bool]] = {  # what `pattern` cannot say, by the name that the schema gives it
+    "": lambda _: True,
+    "file-path": _short_segments,
+    "artifact-path": lambda path: _short_segments(path) and path.count("/") < MAX_ARTIFACT_DEPTH // 2,
+    "workdir": _good_workdir,
+    "network": lambda name: name not in {"host", "default"},
+    "callback-url": _good_url,
+    "callback-secret": lambda text: not text.startswith("whsec_") or _is_base64(text[6:]),
+    "base64": _is_base64,
+    "printable": str.isprintable,
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -697,67 +697,61 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, _TYPES[kind]) or (kind == "integer" and isinstance(value, float) and value.is_integer())
 
 
-class Schema:
-    """Validation by the part of JSON Schema that lightrun's table uses. Pure."""
-
-    def __init__(self, schema: dict[str, Any], formats: Mapping[str, Callable[[str], bool]] | None = None) -> None:
-        self.schema = schema
-        self._formats = {"": lambda _: True, **(formats or {})}
-
-    def problems(self, value: Any) -> Iterator[dict[str, Any]]:
-        """Everything that is wrong with a value, as `{"path": […], "message": "…"}`."""
-        return ({"path": path, "message": message} for path, message in self._check(value, self.schema, []))
-
-    def _check(self, value: Any, schema: dict[str, Any], path: list[Any]) -> Iterator[tuple[list[Any], str]]:
-        if "not" in schema:
-            yield path, schema["says"]
-        elif "anyOf" in schema:
-            fitting = [choice for choice in schema["anyOf"] if _is(value, choice["type"])]
-            if fitting:
-                yield from self._check(value, fitting[0], path)
-            else:
-                yield path, "must be of type " + " or ".join(choice["type"] for choice in schema["anyOf"])
-        elif "type" in schema and not _is(value, schema["type"]):
-            yield path, f"must be of type {schema['type']}" + (f", in {schema['unit']}" if "unit" in schema else "")
-        elif isinstance(value, str):
-            yield from ((path, message) for message in self._text(value, schema))
-        elif isinstance(value, dict) and "type" in schema:
-            yield from self._members(value, schema, path)
-        elif isinstance(value, list) and "type" in schema:
-            yield from _count(len(value), schema, "Items", "entries", path)
-            for index, item in enumerate(value):
-                yield from self._check(item, schema.get("items", {}), [*path, index])
-        elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
-            yield path, f"must be from {schema['minimum']} to {schema['maximum']}"
-
-    def _text(self, value: str, schema: dict[str, Any]) -> Iterator[str]:
-        bounds = schema.get("minLength", 0), schema.get("maxLength", math.inf)
-        if not bounds[0] <= len(value) <= bounds[1]:
-            yield f"must have {bounds[0]} to {bounds[1]} characters"
-        elif len(value.encode(errors="replace")) > schema.get("maxBytes", math.inf):
-            yield f"must have at most {schema['maxBytes']} bytes"
-        elif "enum" in schema and value not in schema["enum"]:
-            yield "must be one of " + ", ".join(schema["enum"])
-        elif not (_regex(schema.get("pattern", "")).search(value) and self._formats[schema.get("format", "")](value)):
-            yield schema["says"]
-
-    def _members(self, value: dict[str, Any], schema: dict[str, Any], path: list[Any]) -> Iterator[tuple[list[Any], str]]:
-        yield from _count(len(value), schema, "Properties", "entries", path)
-        yield from (([*path, name], "is required") for name in schema.get("required", ()) if name not in value)
-        known, others = schema.get("properties", {}), schema["additionalProperties"]
-        for name, member in value.items():
-            if name not in known and others is False:
-                yield [*path, name], "is not a field"
-                continue
-            if name not in known:
-                yield from (([*path, name], message) for message in self._text(name, schema.get("propertyNames", {})))
-            yield from self._check(member, known.get(name, others), [*path, name])
+def problems_of(value: Any, schema: dict[str, Any], path: list[Any]) -> Iterator[dict[str, Any]]:
+    """Everything that is wrong with a value, by the part of JSON Schema that lightrun's table uses, as `problem` has it. Pure."""
+    if "not" in schema:
+        yield problem(schema["says"], *path)
+    elif "anyOf" in schema:
+        fitting = [choice for choice in schema["anyOf"] if _is(value, choice["type"])]
+        if fitting:
+            yield from problems_of(value, fitting[0], path)
+        else:
+            yield problem("must be of type " + " or ".join(choice["type"] for choice in schema["anyOf"]), *path)
+    elif "type" in schema and not _is(value, schema["type"]):
+        yield problem(f"must be of type {schema['type']}" + (f", in {schema['unit']}" if "unit" in schema else ""), *path)
+    elif isinstance(value, str):
+        yield from _text_problems(value, schema, path)
+    elif isinstance(value, dict) and "type" in schema:
+        yield from _member_problems(value, schema, path)
+    elif isinstance(value, list) and "type" in schema:
+        yield from _count(len(value), schema, "Items", "entries", path)
+        for index, item in enumerate(value):
+            yield from problems_of(item, schema.get("items", {}), [*path, index])
+    elif isinstance(value, (int, float)) and not schema.get("minimum", value) <= value <= schema.get("maximum", value):
+        yield problem(f"must be from {schema['minimum']} to {schema['maximum']}", *path)
 
 
-def _count(count: int, schema: dict[str, Any], what: str, unit: str, path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+def _text_problems(value: str, schema: dict[str, Any], path: list[Any]) -> Iterator[dict[str, Any]]:
+    low, high = schema.get("bytes", (0, math.inf))
+    if wrong := [*_count(len(value), schema, "Length", "characters", path)]:
+        yield from wrong
+    elif len(value.encode(errors="replace")) > schema.get("maxBytes", math.inf):
+        yield problem(f"must have at most {schema['maxBytes']} bytes", *path)
+    elif "enum" in schema and value not in schema["enum"]:
+        yield problem("must be one of " + ", ".join(schema["enum"]), *path)
+    elif not (_regex(schema.get("pattern", "")).search(value) and FORMATS[schema.get("format", "")](value)) or (
+        "bytes" in schema and not low <= parse_size(value) <= high
+    ):
+        yield problem(schema["says"], *path)
+
+
+def _member_problems(value: dict[str, Any], schema: dict[str, Any], path: list[Any]) -> Iterator[dict[str, Any]]:
+    yield from _count(len(value), schema, "Properties", "entries", path)
+    yield from (problem("is required", *path, name) for name in schema.get("required", ()) if name not in value)
+    known, others = schema.get("properties", {}), schema["additionalProperties"]
+    for name, member in value.items():
+        if name not in known and others is False:
+            yield problem("is not a field", *path, name)
+            continue
+        if name not in known:
+            yield from _text_problems(name, schema.get("propertyNames", {}), [*path, name])
+        yield from problems_of(member, known.get(name, others), [*path, name])
+
+
+def _count(count: int, schema: dict[str, Any], what: str, unit: str, path: list[Any]) -> Iterator[dict[str, Any]]:
     low, high = schema.get(f"min{what}", 0), schema.get(f"max{what}", math.inf)
     if not low <= count <= high:
-        yield path, f"must have {low} to {high} {unit}"
+        yield problem(f"must have {low} to {high} {unit}", *path)
 
 
 def problem(message: str, *path: Any) -> dict[str, Any]:
@@ -824,17 +818,6 @@ def parse_json(raw: bytes) -> Any:
         raise ValueError("is nested too deeply") from error
 
 
-class _Number(float):
-    """A number, and how it was written: a float has not room for every one."""
-
-    def __new__(cls, text: str) -> _Number:
-        number = super().__new__(cls, 0)
-        number.text = text
-        return number
-
-    text: str
-
-
 def as_written(raw: bytes, name: str) -> str:
     """The JSON text of a member of an object that is known to be good, with its numbers as they stand there."""
 
@@ -843,9 +826,9 @@ def as_written(raw: bytes, name: str) -> str:
             return "{" + ", ".join(f"{json.dumps(key, ensure_ascii=False)}: {text(item)}" for key, item in value.items()) + "}"
         if isinstance(value, list):
             return "[" + ", ".join(map(text, value)) + "]"
-        return value.text if isinstance(value, _Number) else json.dumps(value, ensure_ascii=False)
+        return value.decode() if isinstance(value, bytes) else json.dumps(value, ensure_ascii=False)
 
-    return text(json.loads(raw, parse_int=_Number, parse_float=_Number)[name])
+    return text(json.loads(raw, parse_int=str.encode, parse_float=str.encode)[name])  # a float has not room for every number
 
 
 _BAD_CHARACTERS = re.compile("[\0\ud800-\udfff]")
@@ -981,7 +964,7 @@ class RunRequest:
         """Check the body of `POST /run`, of which `raw` is the JSON. Raises BadRequest with every problem, NotAllowed for what
         a list refuses."""
         uploaded: dict[str, Part] = upload.files if upload else {}
-        body = _checked(raw, Schema(request_schema(settings, metered), _formats(settings)), _together, uploaded)
+        body = _checked(raw, request_schema(settings, metered), _together, uploaded)
         request = cls._of(body, raw, settings, upload)
         request.allowed_by(settings)
         return request
@@ -993,7 +976,7 @@ class RunRequest:
         def rules(body: dict[str, Any], bad: set[Any]) -> Iterator[dict[str, Any]]:
             return (each for each in _together(body, bad) if each["path"][0] in EXEC_FIELDS)
 
-        body = _checked(raw, Schema(exec_schema(settings), _formats(settings)), rules)
+        body = _checked(raw, exec_schema(settings), rules)
         request = cls._of({"image": image, **body}, raw, settings)
         return request if "workdir" in body else dataclasses.replace(request, workdir=None)
 
@@ -1031,7 +1014,7 @@ class RunRequest:
             callback_secret=body.get("callbackSecret"),
             file_size=_size(body.get("fileSize")),
             cpu_time=body["cpuTime"] / 1000 if "cpuTime" in body else None,
-            output_limit=body.get("outputLimit"),
+            output_limit=_size(body.get("outputLimit")),
             split_logs=body.get("splitLogs", False),
             tar=tar,
             setup=len(setup),
@@ -1073,7 +1056,7 @@ class RunRequest:
 
     @classmethod
     def unpack(cls, packed: bytes | None, image: str) -> RunRequest:
-        """A request as it was accepted once; the least that runs the image when it is gone or spoilt."""
+        """A request as it was accepted once; one of no reference, not to be started, when it is gone or spoilt."""
         try:
             fields = json.loads(packed or b"")
             if "reference" not in fields:  # the first build kept the client's body
@@ -1083,7 +1066,7 @@ class RunRequest:
             stdin, tar = _unpacked(fields.pop("stdin")), _unpacked(fields.pop("tar", None))
             return cls(**fields, files=files, stdin=stdin, tar=tar, extract=extract)
         except (ValueError, TypeError, LookupError, AttributeError, LightrunError):
-            return cls.parse(to_json({"image": image}), BOUNDLESS)
+            return dataclasses.replace(cls.parse(to_json({"image": image}), BOUNDLESS), reference="")
 
 
 BOUNDLESS = Settings(
@@ -1092,7 +1075,7 @@ BOUNDLESS = Settings(
 Rules = Callable[[dict[str, Any], set[Any]], Iterable[dict[str, Any]]]
 
 
-def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: (), uploaded: Iterable[str] = ()) -> dict[str, Any]:
+def _checked(raw: bytes, schema: Any, rules: Rules = lambda _body, _bad: (), uploaded: Iterable[str] = ()) -> dict[str, Any]:
     """A body by its schema, and by the names of files that came beside it. Raises BadRequest."""
     try:
         body = parse_json(raw)
@@ -1102,8 +1085,8 @@ def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: (), 
     if isinstance(body, dict) and uploaded and isinstance(files := body.setdefault("files", {}), dict):
         problems = [problem("stands in the JSON too", "files", name) for name in uploaded if name in files]
         files |= dict.fromkeys(uploaded, "")
-    problems += [*_bad_strings(body, []), *schema.problems(body)]
-    if isinstance(body, dict):
+    problems += itertools.islice(itertools.chain(_bad_strings(body, []), problems_of(body, schema, [])), MAX_PROBLEMS)
+    if isinstance(body, dict) and len(problems) < MAX_PROBLEMS:
         problems += rules(body, {problem["path"][0] for problem in problems if problem["path"]})
     if problems:
         raise BadRequest(details=problems[:MAX_PROBLEMS])
@@ -1112,7 +1095,7 @@ def _checked(raw: bytes, schema: Schema, rules: Rules = lambda _body, _bad: (), 
 
 def _size(value: Any) -> Any:
     """Bytes of a field that is checked; None for None."""
-    return parse_size(value) if isinstance(value, str) else value and int(value)
+    return parse_size(value) if isinstance(value, str) else None if value is None else int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1121,12 +1104,6 @@ class Reference:
 
     run_id: str
     path: str
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        """A checked `<run id>/<path>`."""
-        run_id, _, path = text.partition("/")
-        return cls(run_id, path.rstrip("/"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1143,7 +1120,10 @@ Content = bytes | Reference | Part  # what goes into a container, or where it li
 def _content(value: str | dict[str, str]) -> Content:
     if isinstance(value, str):
         return value.encode()
-    return Reference.parse(value["artifact"]) if "artifact" in value else base64.b64decode(value["base64"])
+    if "base64" in value:
+        return base64.b64decode(value["base64"])
+    run_id, _, path = value["artifact"].partition("/")
+    return Reference(run_id, path.rstrip("/"))
 
 
 def _packed(content: Content | None) -> Any:
@@ -1182,7 +1162,7 @@ class Upload:
                 raise ValueError("there is no part named run, which is the JSON of the request")
             if upload.run.size > MAX_RUN_PART_BYTES:
                 raise ValueError(f"the part run has more than {MAX_RUN_PART_BYTES} bytes; send files as parts of their own")
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # email's, of a parameter that comes in pieces
             upload.close()
             raise BadRequest(details=[problem(f"the body is not what its Content-Type says: {error}")]) from error
         return upload
@@ -1249,7 +1229,7 @@ class Upload:
             window += piece
             found = window.find(delimiter)
             while 0 <= found < len(window) - kept:
-                if window[found + len(delimiter) :][:2] in {b"\r\n", b"--"}:
+                if window[found + len(delimiter) : found + len(delimiter) + 2] in {b"\r\n", b"--"}:
                     return at + found
                 found = window.find(delimiter, found + 1)
             at, window = at + max(0, len(window) - kept), window[-kept:]
@@ -1258,6 +1238,8 @@ class Upload:
 
 def multipart_boundary(content_type: str) -> bytes:
     """The boundary that a Content-Type names (RFC 2046, 5.1.1). Raises ValueError."""
+    if content_type.count(";") > MAX_ATTRIBUTES:
+        raise ValueError("it has too many parameters")
     head = email.message.Message()
     head["Content-Type"] = content_type
     boundary = head.get_param("boundary")
@@ -1268,6 +1250,8 @@ def multipart_boundary(content_type: str) -> bytes:
 
 def part_name(head: bytes) -> str:
     """The name of a part of a form, of its header lines. Raises ValueError."""
+    if head.count(b";") > MAX_ATTRIBUTES:
+        raise ValueError("the head of a part has too many parameters")
     about = email.parser.HeaderParser().parsestr(head.decode("latin-1").strip("\r\n") + "\r\n\r\n")
     name = about.get_param("name", header="Content-Disposition")
     if about.get_content_disposition() != "form-data" or not isinstance(name, str) or not name:
@@ -1475,6 +1459,7 @@ INSERT INTO facets SELECT '[null,"' || status || '",null,"failed"]', seq FROM ru
 )
 
 
+Execute = Callable[..., sqlite3.Cursor]  # a statement of a transaction, and its values
 WEIGH = "UPDATE kept SET bytes = bytes + ?, runs = runs + ?"
 
 
@@ -1541,7 +1526,7 @@ class Store:
             self._writer.executescript(f"BEGIN;{steps};{identity}PRAGMA user_version={len(SCHEMA)};COMMIT;")
 
     @contextlib.contextmanager
-    def _transaction(self, durable: bool) -> Iterator[Callable[..., sqlite3.Cursor]]:
+    def _transaction(self, durable: bool) -> Iterator[Execute]:
         """One transaction; rolled back, and raised as Unavailable, when it cannot be written (a full disk, say). Raises
         StorageUncertain when even that is not known."""
         with self._write_lock:
@@ -1581,11 +1566,11 @@ class Store:
     ) -> None:
         """Record an accepted run, with its request, and what was uploaded, if it is to survive the daemon: on disk when this
         returns then."""
-        if request is not None:
-            if upload:
-                self._keep_upload(f"{run.id}.upload", upload)
-            self._write_secret(run.id, request)
         try:
+            if request is not None:
+                if upload:
+                    self._keep_upload(f"{run.id}.upload", upload)
+                self._write_secret(run.id, request)
             with self._transaction(durable=request is not None) as execute:
                 execute(
                     "INSERT INTO runs (id, status, waited, owed, key, digest, head, owner)"
@@ -1599,9 +1584,7 @@ class Store:
             raise
 
     @staticmethod
-    def _file(
-        execute: Callable[..., sqlite3.Cursor], run_id: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None
-    ) -> None:
+    def _file(execute: Execute, run_id: str, before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> None:
         """Part of a transaction that changes a run's head: in which lists it is."""
         old, new = facets(before), facets(after)
         if old != new:
@@ -1666,8 +1649,9 @@ class Store:
         known = {run_id for (run_id,) in self._all("SELECT id FROM runs")}
         needed = {run_id for (run_id,) in self._all("SELECT id FROM runs WHERE status = 'running'")}
         needed |= {f"{run_id}.upload" for run_id in needed}
-        failed = self._all("SELECT id FROM facets JOIN runs USING (seq) WHERE facet = ?", facet(None, None, None, "failed"))
-        needed |= {f"{run_id}.callback" for run_id, *_ in (*self.owed(), *failed)}
+        owed, failed = self.owed(), facet(None, None, None, "failed")  # in this order: what is owed may just fail
+        failures = self._all("SELECT id FROM facets JOIN runs USING (seq) WHERE facet = ?", failed)
+        needed |= {f"{run_id}.callback" for run_id, *_ in (*owed, *failures)}
         for path in self._secrets.iterdir():
             if path.name not in needed:
                 self._drop_secret(path.name)
@@ -1741,7 +1725,7 @@ class Store:
 
     def attempted(self, run_id: str, callback: dict[str, Any], due: float | None) -> None:
         """Record an attempt at a callback; `due` is None when there will be no other."""
-        with self._transaction(durable=False) as execute:
+        with self._transaction(durable=callback["status"] == "delivered") as execute:  # then its secret goes
             row = execute("SELECT head FROM runs WHERE id = ?", run_id).fetchone()
             if row:
                 self._note_callback(execute, run_id, json.loads(row[0]), callback, due or 0)
@@ -1758,9 +1742,7 @@ class Store:
             self._note_callback(execute, run_id, before, {"status": "pending", "attempts": 0}, 0)
         return True
 
-    def _note_callback(
-        self, execute: Callable[..., sqlite3.Cursor], run_id: str, before: dict[str, Any], callback: dict[str, Any], due: float
-    ) -> None:
+    def _note_callback(self, execute: Execute, run_id: str, before: dict[str, Any], callback: dict[str, Any], due: float) -> None:
         """Part of a transaction: how a run's callback is, and when it is due next."""
         after, owed = {**before, "callback": callback}, callback["status"] == "pending"
         execute("UPDATE runs SET owed = ?, due = ?, head = ? WHERE id = ?", owed, due, to_json(after).decode(), run_id)
@@ -1803,9 +1785,8 @@ class Store:
     ) -> list[str]:  # fmt: skip
         """The JSON of up to `limit` heads, newest first, of runs whose id begins with `start`. Raises NotFound for a `before`
         that is unknown, or another owner's."""
-        if before and owner is not None and self.owner(before) != owner:
-            raise NotFound("there is no such run")
-        top = self._one("SELECT seq FROM runs WHERE id = ?", before)[0] if before else sys.maxsize
+        known = "SELECT seq FROM runs WHERE id = ?1 AND (?2 IS NULL OR owner = ?2)"
+        top = self._one(known, before, owner)[0] if before else sys.maxsize
         source, where, order, values = "runs", "seq < ?", "seq", [top]
         if start:  # they are few: found by their ids, and sorted
             where, order, values = "+seq < ? AND id >= ? AND id < ?", "+seq", [top, start, start + "~"]
@@ -2194,9 +2175,10 @@ class Log:
     @property
     def missed(self) -> bool:
         """Whether the engine's copy told something that the stream before it did not: more, or another end of a copy that
-        may lack its beginning. That it has less is no sign: some engines lose the end of a long line."""
-        shorter = {stream: min(len(self._expected[stream]), len(self._repeated[stream]), TAIL_BYTES) for stream in STREAMS}
-        differ = any(n and self._expected[stream][-n:] != self._repeated[stream][-n:] for stream, n in shorter.items())
+        may lack its beginning. That it has less is no sign: some engines lose the end of a long line, or its newline."""
+        texts = [(self._expected[stream], self._repeated[stream]) for stream in STREAMS]
+        tails = [[text[-TAIL_BYTES:].replace(b"\n", b"") for text in each] for each in texts]
+        differ = any(ours[-len(its) :] != its[-len(ours) :] for ours, its in tails if ours and its)
         return self._news or (self._lost and any(self._known.values())) or (self._rotated and differ)
 
     def _unknown(self, stream: int, piece: memoryview) -> memoryview:
@@ -2343,10 +2325,6 @@ def _tar_header(
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-def _tar_padding(size: int) -> bytes:
-    return bytes(-size % tarfile.BLOCKSIZE)
-
-
 TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -2378,26 +2356,29 @@ class Tree:
     def __init__(
         self, request: RunRequest, upload: Upload | None, root: Path, artifacts: Callable[[str], list[dict[str, Any]]]
     ) -> None:
-        self._request, self._upload, self._root, self._artifacts = request, upload, root, artifacts
+        self.request, self._upload, self._root, self._artifacts = request, upload, root, artifacts
 
     def entries(self) -> Iterator[Entry]:
         """What it holds, as it comes, folders that only follow from a path left out. Raises BadRequest."""
-        for path, content in self._request.files.items():
+        run_id, kept = "", None
+        for path, content in sorted(self.request.files.items(), key=lambda item: getattr(item[1], "run_id", "")):
             if isinstance(content, Reference):
-                yield from self._referred(path, content)
+                if content.run_id != run_id:  # they are many, and come from the disk
+                    run_id, kept = content.run_id, self._kept(content)
+                yield from self._referred(path, content, kept)
             else:
                 yield Entry(path, content=content, size=content.size if isinstance(content, Part) else len(content))
-        if self._request.tar and self._upload:
-            yield from tar_entries(self._upload, self._request.tar)
+        if self.request.tar and self._upload:
+            yield from tar_entries(self._upload, self.request.tar)
 
     def check(self) -> None:
         """Raises BadRequest for what no folder can hold, and for artifacts that are not there. Of files alone the request's own
         rules have told."""
-        if self._request.tar is None and not any(isinstance(each, Reference) for each in self._request.contents()):
+        if self.request.tar is None and not any(isinstance(each, Reference) for each in self.request.contents()):
             return
-        if isinstance(stdin := self._request.stdin, Reference) and [each.kind for each in self._named(stdin, "stdin")] != [
-            tarfile.REGTYPE
-        ]:
+        stdin = self.request.stdin
+        named = self._named(stdin, self._kept(stdin), "stdin") if isinstance(stdin, Reference) else ()
+        if named and [each.kind for each in named] != [tarfile.REGTYPE]:
             raise BadRequest(details=[problem("must name a file", "stdin", "artifact")])
         if problems := [*itertools.islice(tree_problems(self.entries()), MAX_PROBLEMS)]:
             raise BadRequest(details=problems)
@@ -2415,31 +2396,38 @@ class Tree:
         else:
             yield content
 
-    def _referred(self, path: str, reference: Reference) -> Iterator[Entry]:
+    def _kept(self, reference: Reference) -> list[dict[str, Any]] | None:
+        """The artifacts of the run that a reference names, by path; None for a run that has gone."""
+        try:
+            return sorted(self._artifacts(reference.run_id), key=operator.itemgetter("path"))
+        except NotFound:
+            return None
+
+    def _referred(self, path: str, reference: Reference, kept: list[dict[str, Any]] | None) -> Iterator[Entry]:
         """What a reference stands for, under a path."""
         below = len(reference.path) + 1 if reference.path else 0
-        for each in self._named(reference, "files", path):
+        for each in self._named(reference, kept, "files", path):
             rest = each.path[below:]
             yield dataclasses.replace(each, path=f"{path}/{rest}" if rest else path)
 
-    def _named(self, reference: Reference, *where: str) -> Iterator[Entry]:
-        """The artifact that is named, and what is in it, under their own paths."""
-        found = not reference.path
-        if found:
-            yield Entry("", tarfile.DIRTYPE)
-        try:
-            artifacts = self._artifacts(reference.run_id)
-        except NotFound:
-            artifacts, found = [], False
-        for each in artifacts:
-            if not reference.path or each["path"] == reference.path or each["path"].startswith(f"{reference.path}/"):
-                found, folder = True, each["type"] == "directory"
-                content = Reference(reference.run_id, each["path"])
-                mode = int(each.get("mode", "755" if folder else "644"), 8)
-                yield Entry(each["path"], tarfile.DIRTYPE if folder else tarfile.REGTYPE, mode, None, content, each["bytes"])
-        if not found:
-            message = f"there is no artifact {reference.run_id}/{reference.path} of a run that has ended"
+    def _named(self, reference: Reference, kept: list[dict[str, Any]] | None, *where: str) -> Iterator[Entry]:
+        """The artifact that is named, and what is in it, under their own paths; `kept` is all that its run has."""
+        path, all_of_it = reference.path, kept or []
+        if path:
+            bounds = (path, path + "\0", path + "/", path + "0")  # "0" follows "/"
+            own, after, inside, end = (bisect.bisect_left(all_of_it, each, key=operator.itemgetter("path")) for each in bounds)
+            chosen = all_of_it[own:after] + all_of_it[inside:end]
+        else:
+            chosen = all_of_it
+        if kept is None or (path and not chosen):
+            message = f"there is no artifact {reference.run_id}/{path} of a run that has ended"
             raise BadRequest(details=[problem(message, *where, "artifact")])
+        if not path:
+            yield Entry("", tarfile.DIRTYPE)
+        for each in chosen:
+            folder = each["type"] == "directory"
+            mode, content = int(each.get("mode", "755" if folder else "644"), 8), Reference(reference.run_id, each["path"])
+            yield Entry(each["path"], tarfile.DIRTYPE if folder else tarfile.REGTYPE, mode, None, content, each["bytes"])
 
 
 COMPRESSED = {  # by what it begins with
@@ -2455,10 +2443,12 @@ class _TarWindow:
         self._upload, self._part, self._at = upload, part, 0
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises ValueError for more than a header needs."""
+        """The next bytes. Raises ValueError for what no header needs."""
         if size > MAX_TAR_HEADER_BYTES:
             raise ValueError("a header is too long")
         data = self._upload.read(Part(self._part.start + self._at, max(0, min(size, self._part.size - self._at))))
+        if re.search(rb"[0-9]{%d}" % MAX_DIGITS, data):
+            raise ValueError("digits without an end")
         self._at += len(data)
         return data
 
@@ -2483,6 +2473,8 @@ def tar_entries(upload: Upload, part: Part) -> Iterator[Entry]:
         with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:  # type: ignore[call-overload]
             while member := archive.next():
                 archive.members = []  # tarfile remembers every member otherwise
+                if len(archive.pax_headers) > MAX_ATTRIBUTES:  # of all members
+                    raise ValueError("too many global attributes")
                 if why := _unfit(member, part.size):
                     problems.append(problem(why, "tar", printable(member.name)))
                 elif not problems:
@@ -2492,8 +2484,6 @@ def tar_entries(upload: Upload, part: Part) -> Iterator[Entry]:
             window.seek(archive.offset)
             if not problems and window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError("it has no end")
-    except BadRequest:
-        raise
     except Exception as error:  # tarfile raises nearly anything for what is none
         raise BadRequest(details=[problem("is not a tar, or was cut short", "tar")]) from error
     if problems:
@@ -2507,6 +2497,8 @@ def _unfit(member: tarfile.TarInfo, size: int) -> str:
         return "is an absolute name"
     if ".." in segments:
         return "has a .. segment"
+    if not _plain_path(member.name) and not member.isdir():
+        return "is the workdir itself, which is a folder"
     encoded = member.name.encode(errors="surrogateescape")
     if len(encoded) > MAX_TAR_PATH_BYTES or any(len(each.encode(errors="surrogateescape")) > 255 for each in segments):
         return f"is a name of more than {MAX_TAR_PATH_BYTES} bytes, or has a segment of more than 255"
@@ -2542,10 +2534,12 @@ def tree_problems(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
     """What is wrong with a tree as a whole: names that stand twice or cannot lie in each other, links that lead out of it."""
     kinds: dict[str, bytes] = {}  # of what stands there; folders that only follow from a path are b""
     links: dict[str, str] = {}
+    size = 0
     for entry in entries:
         where = ("tar" if isinstance(entry.content, Part) and entry.kind != tarfile.REGTYPE else "files", printable(entry.path))
-        if len(kinds) > MAX_ARTIFACT_ENTRIES:
-            yield problem(f"must not hold more than {MAX_ARTIFACT_ENTRIES} files and folders", "files")
+        if len(kinds) > MAX_ARTIFACT_ENTRIES or size > MAX_TREE_NAMES_BYTES:
+            most = f"{MAX_ARTIFACT_ENTRIES} files and folders, nor more than {MAX_TREE_NAMES_BYTES} bytes of names"
+            yield problem(f"must not hold more than {most}", "files")
             return
         if kinds.get(entry.path) and not (entry.is_folder and entry.path == ""):
             yield problem("stands twice", *where)
@@ -2554,6 +2548,7 @@ def tree_problems(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
             yield problem("is both a file and a folder", *where)
             continue
         for folder in parent_folders(entry.path):
+            size += len(folder) if folder not in kinds else 0
             if kinds.setdefault(folder, b"") not in {b"", tarfile.DIRTYPE}:
                 yield problem(f"lies in {printable(folder)}, which is not a folder", *where)
                 break
@@ -2561,7 +2556,7 @@ def tree_problems(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
             yield problem("is a hard link to what is not a file before it in the tar", *where)
         if entry.kind == tarfile.SYMTYPE:
             links[entry.path] = entry.target
-        kinds[entry.path] = entry.kind
+        kinds[entry.path], size = entry.kind, size + len(entry.path) + len(entry.target)
     yield from (problem("is a link that leads out of the workdir", "tar", printable(path)) for path in _leading_out(links))
 
 
@@ -2573,15 +2568,16 @@ def _leading_out(links: Mapping[str, str]) -> Iterator[str]:
         place, ahead, followed = path.split("/")[:-1], links[path].split("/")[::-1], 0
         outside = links[path].startswith("/")
         while ahead and not outside:
-            steps, segment = steps + 1, ahead.pop()
+            steps, segment = steps + len(place) + 1, ahead.pop()
+            outside = steps > MAX_LINK_STEPS
             if segment == "..":
-                outside = not place
+                outside = outside or not place
                 del place[-1:]
             elif segment not in {"", "."}:
                 place.append(segment)
                 if target := links.get("/".join(place)):
                     followed += 1
-                    outside = target.startswith("/") or followed > MAX_LINKS_FOLLOWED or steps > MAX_LINK_STEPS
+                    outside = outside or target.startswith("/") or followed > MAX_LINKS_FOLLOWED
                     ahead += target.split("/")[::-1]
                     del place[-1:]
         if outside:
@@ -2599,7 +2595,7 @@ def put_tar(
         yield _tar_header(entry.path, entry.size, entry.mode, modified, entry.kind, owner, entry.target)
         if entry.kind == tarfile.REGTYPE:
             yield from pieces(entry.content)
-            yield _tar_padding(entry.size)
+            yield bytes(-entry.size % tarfile.BLOCKSIZE)
     yield TAR_END
 
 
@@ -2686,7 +2682,8 @@ class Extraction:
             while member := archive.next():
                 archive.members = []  # tarfile remembers every member otherwise
                 first = entries.get(_kept_path(member.linkname, top, to)) if member.islnk() else None
-                size = first["bytes"] if first else member.size if _has_content(member) else 0
+                has_content = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
+                size = first["bytes"] if first else member.size if has_content else 0
                 if not 0 <= size <= bytes_left:
                     raise ArtifactError("is larger than what this run may still keep")
                 bytes_left -= size
@@ -2742,10 +2739,6 @@ class Extraction:
     def _collide_not(self, path: str) -> None:
         if os.path.lexists(self._folder / path):
             raise ArtifactError(f"collides with an earlier entry's {os.fsencode(path).decode()}")
-
-
-def _has_content(member: tarfile.TarInfo) -> bool:
-    return member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
 
 
 def _kept_path(name: str, top: str | None, to: str | None) -> str:
@@ -2807,15 +2800,12 @@ def artifacts_tar(root: Path, artifacts: Iterable[dict[str, Any]], folder: str =
     """Artifacts of a run as one tar, in pieces, with names relative to a folder of them. Raises NotFound when one has gone."""
     for entry in artifacts:
         file, name = open_artifact(root, entry["path"]), entry["path"][len(folder) :].lstrip("/")
-        if file is None:
-            yield _tar_header(name + "/")
-            continue
-        with file:
-            mode, modified = int(entry.get("mode", "644"), 8), os.fstat(file.fileno()).st_mtime
-            yield _tar_header(name, entry["bytes"], mode, modified, tarfile.REGTYPE)
-            while piece := file.read(COPY_BYTES):
+        kind, modified = (tarfile.REGTYPE, os.fstat(file.fileno()).st_mtime) if file else (tarfile.DIRTYPE, 0.0)
+        with file or io.BytesIO() as content:
+            yield _tar_header(name, entry["bytes"], int(entry.get("mode", "644" if file else "755"), 8), modified, kind)
+            while piece := content.read(COPY_BYTES):
                 yield piece
-            yield _tar_padding(entry["bytes"])
+            yield bytes(-entry["bytes"] % tarfile.BLOCKSIZE)
     yield TAR_END
 
 
@@ -3056,7 +3046,7 @@ class Wire:
         when `wake` is readable."""
         late = time.monotonic() + seconds
         while not self._ended and (not self._buffer or self._buffer.count(b"\n") < lines):
-            if not self._receive() and not (self._poll(select.POLLIN, wake, late - time.monotonic()) and self._receive()):
+            if not self._receive() and not self._poll(select.POLLIN, wake, late - time.monotonic()):
                 return False
         return True
 
@@ -3140,13 +3130,13 @@ def exchange(
 
 def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
     """A body of no known length (RFC 9112, 7.1); small pieces go together."""
-    chunk: list[bytes] = []
+    chunk = bytearray()
     for piece in pieces:
-        chunk.append(piece)
-        if sum(map(len, chunk)) >= COPY_BYTES or len(chunk) > 100:
-            yield b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk))
+        chunk += piece
+        if len(chunk) >= COPY_BYTES:
+            yield b"%x\r\n%b\r\n" % (len(chunk), bytes(chunk))
             chunk.clear()
-    yield (b"%x\r\n%b\r\n" % (sum(map(len, chunk)), b"".join(chunk)) if any(chunk) else b"") + b"0\r\n\r\n"
+    yield (b"%x\r\n%b\r\n" % (len(chunk), bytes(chunk)) if chunk else b"") + b"0\r\n\r\n"
 
 
 class Refused(Exception):
@@ -3172,7 +3162,7 @@ def asked_to(action: str) -> Iterator[None]:
     except (OSError, http.client.HTTPException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # not JSON, or not of the documented shape
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:  # not what is documented
         raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
 
 
@@ -3392,6 +3382,7 @@ class Engine:
     def __init__(self, settings: Settings, state_id: str) -> None:
         self._settings, self._state_id = settings, state_id
         self._address = engine_address(settings, os.environ)
+        self.local = self._address.path is not None  # it is spoken to over a Unix socket
         self._shared = types.SimpleNamespace(api="", about={}, network_ready=False, weakly=False)  # by all views, once known
         self.count_failure: Callable[[str], None] = lambda _: None  # told of calls without an answer (absent) or of a 5xx (error)
         self._network_lock = threading.Lock()  # held while the network is looked for
@@ -3410,8 +3401,31 @@ class Engine:
     ) -> Reply:  # fmt: skip
         """Send a request; its answer, of which the head was read, for the caller to close. Raises Refused, or what a broken
         connection and an answer of another kind raise."""
+        data = to_json(body) if isinstance(body, dict) else body or b""
+        target = urllib.parse.quote(self._versioned(path), safe="/:@")
+        target += f"?{urllib.parse.urlencode(query, errors='surrogateescape')}" if query else ""
         try:
-            return self._exchange(method, path, expected, query, body, seconds, headers)
+            with contextlib.ExitStack() as opened:
+                wire = opened.enter_context(contextlib.closing(Wire(self._address.connect(), HEALTH_SECONDS, self._patience)))
+                if self._address.tls:
+                    wire.secure(self._address.tls, self._address.host or "")
+                wire.stream(seconds)
+                response = exchange(wire, method, target, {"Host": "docker", **(headers or {})}, data)
+                if response.status not in (expected or (200,)):
+                    if method == "HEAD" and "Api-Version" in response.headers:  # which has no body, and no words
+                        raise Refused(response.status, response.reason)
+                    said = json.loads(response.read(MAX_ANSWER_BYTES))
+                    message = said["message"]  # which only an engine says like this
+                    if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
+                        raise ValueError("not an engine's answer")
+                    if response.status == 400 and message.startswith("client version"):
+                        self._shared.api = ""  # it is another engine since the last call: which it speaks is asked again
+                        raise ValueError("not the same engine's answer")
+                    raise Refused(409 if said.get("cause") == WRONG_STATE else response.status, message)
+                if response.headers.get_content_type() == "text/html":
+                    raise ValueError("a page")
+                opened.pop_all()
+                return Reply(wire, response)
         except Refused as error:
             if error.status >= 500:
                 self.count_failure("error")
@@ -3419,31 +3433,6 @@ class Engine:
         except (OSError, http.client.HTTPException, ValueError):
             self.count_failure("absent")
             raise
-
-    def _exchange(
-        self, method: str, path: str, expected: tuple[int, ...], query: Mapping[str, Any] | None,
-        body: bytes | dict[str, Any] | Iterator[bytes] | None, seconds: float, headers: Mapping[str, str] | None,
-    ) -> Reply:  # fmt: skip
-        data = to_json(body) if isinstance(body, dict) else body or b""
-        target = urllib.parse.quote(self._versioned(path), safe="/:@") + (f"?{urllib.parse.urlencode(query)}" if query else "")
-        with contextlib.ExitStack() as opened:
-            wire = opened.enter_context(contextlib.closing(Wire(self._address.connect(), HEALTH_SECONDS, self._patience)))
-            if self._address.tls:
-                wire.secure(self._address.tls, self._address.host or "")
-            wire.stream(seconds)
-            response = exchange(wire, method, target, {"Host": "docker", **(headers or {})}, data)
-            if response.status not in (expected or (200,)):
-                if method == "HEAD" and "Api-Version" in response.headers:  # which has no body, and no words
-                    raise Refused(response.status, response.reason)
-                said = json.loads(response.read(MAX_ANSWER_BYTES))
-                message = said["message"]  # which only an engine says like this
-                if response.status < 400 or response.status in {502, 503, 504} or not isinstance(message, str):
-                    raise ValueError("not an engine's answer")
-                raise Refused(409 if said.get("cause") == WRONG_STATE else response.status, message)
-            if response.headers.get_content_type() == "text/html":
-                raise ValueError("a page")
-            opened.pop_all()
-            return Reply(wire, response)
 
     def _versioned(self, path: str) -> str:
         if path == "/version" or path.startswith("/v4"):
@@ -3464,9 +3453,13 @@ class Engine:
     @asked_to("tell what it has")
     def about(self) -> dict[str, Any]:
         """What it says of itself (`/info`); asked again when it was away."""
-        if not self._shared.about:
-            self._shared.about = dict(self._call("GET", "/info", seconds=HEALTH_SECONDS).json())
-        return self._shared.about  # type: ignore[no-any-return]
+        if not (about := self._shared.about):
+            patient = ENGINE_SECONDS if self._patience else HEALTH_SECONDS
+            about = dict(self._call("GET", "/info", seconds=patient).json())
+            if "Architecture" not in about:  # which every engine tells
+                raise ValueError("not an engine's description")
+            self._shared.about = about
+        return about  # type: ignore[no-any-return]
 
     @property
     @asked_to("tell what it has")
@@ -3571,8 +3564,10 @@ class Engine:
                         self._call("POST", "/networks/create", 201, body={**about, "CheckDuplicate": True}).json()
                 found = sorted(self._networks(), key=lambda network: (network["Created"], network["Id"]))
                 for network in found[::-1]:  # the newest goes, but for one that a container has already
-                    if len(found) > 1 and self._has_removed(network["Id"]):
-                        found.remove(network)
+                    with contextlib.suppress(EngineError):
+                        if len(found) > 1:
+                            self._remove(f"/networks/{network['Id']}")
+                            found.remove(network)
                 first = found[0]
                 options = first.get("Options") or {}
                 if first["Driver"] != "bridge" or any(options.get(name) != value for name, value in NETWORK_OPTIONS.items()):
@@ -3581,16 +3576,6 @@ class Engine:
         finally:
             self._network_lock.release()
         return NETWORK
-
-    def _has_removed(self, network: str) -> bool:
-        try:
-            with asked_to("remove a second network"):
-                self._call("DELETE", f"/networks/{network}", 204).nothing()
-        except EngineMissing:  # the other daemon did
-            return True
-        except EngineError:
-            return False
-        return True
 
     def _networks(self) -> list[dict[str, Any]]:
         found = self._call("GET", "/networks", query={"filters": json.dumps({"name": [NETWORK]})}).json()
@@ -3651,19 +3636,15 @@ class Engine:
         path, query = f"/containers/{container}/archive", {"path": "/", "noOverwriteDirNonDir": 1}
         self._call("PUT", path, query=query, body=tar, headers={"Content-Type": TAR}).nothing()
 
-    @asked_to("look at the files of the image")
     def stat(self, container: str, path: str) -> tuple[int, str] | None:
         """Go file mode and, of a link, the target of what stands at a path of a container, links on the way to it followed;
         None for nothing."""
-        try:
+        with contextlib.suppress(EngineMissing), asked_to("look at the files of the image"):
             reply = self._call("HEAD", f"/containers/{container}/archive", query={"path": path})
-        except Refused as error:
-            if error.status != 404:
-                raise
-            return None
-        with contextlib.closing(reply):
+            reply.close()
             about = json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))
             return int(about["mode"]), str(about.get("linkTarget", ""))
+        return None
 
     @asked_to("look at the files of the image")
     def added(self, container: str) -> set[str]:
@@ -3671,26 +3652,23 @@ class Engine:
         changes = self._call("GET", f"/containers/{container}/changes").json() or []
         return {str(change["Path"]) for change in changes if change["Kind"] == 1}
 
-    @asked_to("look at the files of the image")
     def text(self, container: str, path: str) -> str:
         """A small text file of a container, a link to it followed; "" for none."""
-        try:
+        with contextlib.suppress(EngineMissing), asked_to("look at the files of the image"):
             mode, target = self.stat(container, path) or (GO_MODE_OTHER, "")
             if mode & GO_MODE_LINK:
                 mode, path = 0, target
             if mode & (GO_MODE_OTHER | GO_MODE_FOLDER):
                 return ""
             reply = self._call("GET", f"/containers/{container}/archive", query={"path": path}).streamed()
-            with contextlib.closing(reply), tarfile.open(fileobj=reply, mode="r|") as archive:  # type: ignore[call-overload]
-                member = archive.next()
-                file = archive.extractfile(member) if member else None
-                return file.read(MAX_SETTINGS_BYTES).decode(errors="replace") if file else ""
-        except Refused as error:
-            if error.status != 404:
-                raise
-            return ""
-        except tarfile.TarError as error:
-            raise ValueError("not a tar") from error
+            try:
+                with contextlib.closing(reply), tarfile.open(fileobj=reply, mode="r|") as archive:  # type: ignore[call-overload]
+                    member = archive.next()
+                    file = archive.extractfile(member) if member else None
+                    return file.read(MAX_SETTINGS_BYTES).decode(errors="replace") if file else ""
+            except tarfile.TarError as error:
+                raise ValueError("not a tar") from error
+        return ""
 
     def _attach(self, container: str, streams: Mapping[str, int], headers: Mapping[str, str] | None = None) -> Reply:
         """A stream from or to a container. Raises ValueError for an answer that is none."""
@@ -3706,14 +3684,10 @@ class Engine:
         return reply.streamed()
 
     @asked_to("attach")
-    def attach(self, container: str) -> Reply:
-        """The container's output from now on, as frames cut anywhere."""
-        return self._attach(container, BOTH_STREAMS)
-
-    @asked_to("attach")
-    def attach_whole(self, container: str) -> Reply:
-        """The same, and the container's stdin as what is sent: its end is the end of file."""
-        return self._attach(container, {"stdin": 1, **BOTH_STREAMS})
+    def attach(self, container: str, stdin: int = 0) -> Reply:
+        """The container's output from now on, as frames cut anywhere; with `stdin` its stdin too, as what is sent: its end is
+        the end of file."""
+        return self._attach(container, {"stdin": stdin, **BOTH_STREAMS} if stdin else BOTH_STREAMS)
 
     @asked_to("read the log")
     def kept_output(self, container: str, follow: bool) -> Reply:
@@ -3731,15 +3705,9 @@ class Engine:
         reply.wire.patience = None
         return reply
 
-    @property
-    def local(self) -> bool:
-        """Whether it is spoken to over a Unix socket."""
-        return self._address.path is not None
-
     def machine(self) -> Machine | None:
         """What the shim is made for; None on an architecture without one."""
-        if not (architecture := self.about().get("Architecture")):
-            raise EngineAbsent("the engine does not tell its architecture")
+        architecture = self.about()["Architecture"]
         return MACHINES.get(GO_ARCHITECTURES.get(architecture, architecture))
 
     @asked_to("start the container")
@@ -3750,7 +3718,7 @@ class Engine:
         except Refused as error:
             if "is ambiguous" in str(error):  # two daemons have made the network at once
                 self._shared.network_ready = False
-                with contextlib.suppress(EngineError, TimeoutError):
+                with contextlib.suppress(EngineError):
                     self._isolated_network()
                 raise EngineAbsent(f"the engine does not know which network is meant: {error}") from error
             raise
@@ -3779,16 +3747,12 @@ class Engine:
         ):
             reply.wire.ready(wake, seconds)
 
-    @asked_to("send a signal")
     def kill(self, container: str, signal_name: str) -> bool:
         """Send a signal; whether the container was there to take it."""
-        try:
+        with contextlib.suppress(EngineMissing, EngineConflict), asked_to("send a signal"):
             self._call("POST", f"/containers/{container}/kill", 204, query={"signal": signal_name}).nothing()
-        except Refused as error:
-            if error.status not in {404, 409}:
-                raise
-            return False
-        return True
+            return True
+        return False
 
     @asked_to("run a command in the container")
     def create_command(self, container: str, argv: Sequence[str], env: Mapping[str, str], workdir: str) -> str:
@@ -3843,7 +3807,6 @@ class Engine:
         reply = self._call("GET", f"/containers/{container}/archive", query={"path": path}).streamed()
         return reply, int(json.loads(base64.b64decode(reply.header("X-Docker-Container-Path-Stat")))["mode"])
 
-    @asked_to("remove the container")
     def remove(self, container: str) -> None:
         """Remove a container by its name, running or not, with its anonymous volumes and its network if it has one of its own;
         gone already is as good."""
@@ -3852,11 +3815,8 @@ class Engine:
             self._remove(f"/networks/{container}")
 
     def _remove(self, path: str, **query: int) -> None:
-        try:
+        with contextlib.suppress(EngineMissing), asked_to("remove the container"):
             self._call("DELETE", path, 204, query=query, seconds=REMOVE_SECONDS).nothing()
-        except Refused as error:
-            if error.status != 404:
-                raise
 
     @asked_to("list the containers")
     def left(self) -> set[str]:
@@ -3879,14 +3839,22 @@ def container_name(run_id: str) -> str:
 def _credentials(repository: str) -> str | None:
     """X-Registry-Auth for a registry, from the daemon user's Docker configuration; none when that cannot be read, since a
     public image needs none. The log names what failed, and no secret."""
-    import docker.auth
-
-    registry, _ = docker.auth.resolve_repository_name(repository)
-    where = "the Docker configuration"
+    registry, where = repository.partition("/")[0], "the Docker configuration"
     try:
+        import docker.auth
+
         configuration = docker.auth.load_config()
         if helper := configuration.get_credential_store(registry):
             where = f"docker-credential-{helper}"
+            server = docker.auth.INDEX_URL if registry == docker.auth.INDEX_NAME else registry
+            told = subprocess.run([where, "get"], input=server.encode(), capture_output=True, timeout=ENGINE_SECONDS)
+            if told.returncode == 0:
+                name, secret = operator.itemgetter("Username", "Secret")(json.loads(told.stdout))
+                entry = {"IdentityToken": secret} if name == "<token>" else {"Username": name, "Password": secret}
+                return docker.auth.encode_header({"ServerAddress": server, **entry}).decode()
+            if b"credentials not found" not in told.stdout:
+                raise subprocess.CalledProcessError(told.returncode, where)
+            configuration |= {"credsStore": None, "credHelpers": None}
         found = configuration.resolve_authconfig(registry)
         return docker.auth.encode_header(found).decode() if found else None
     except Exception as error:  # whatever a helper or a file of somebody else's may bring about
@@ -3924,11 +3892,11 @@ class Layout:
             self._known.move_to_end(image.id)
             if len(self._known) > MAX_KNOWN_IMAGES:
                 self._known.popitem(last=False)
-        if name not in known:
+        if (found := known.get(name)) is None:
             if len(known) > MAX_KNOWN_PATHS:
                 known.clear()
-            known[name] = ask()
-        return known[name]  # type: ignore[no-any-return]
+            found = known[name] = ask()
+        return found
 
     def owner(self, engine: Engine, container: str, image: Image) -> tuple[int, int]:
         """User and group that the image's program runs as."""
@@ -4015,8 +3983,8 @@ def cgroup_mounts() -> dict[str, Path]:
     """Where the whole hierarchy of each controller can be seen, by its name; "" is version 2's. See proc(5), cgroups(7)."""
     mounts: dict[str, Path] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            (_, _, _, root, where, *_), (kind, _, options) = (part.split(" ", 5) for part in line.split(" - "))
+        for line in Path("/proc/self/mountinfo").read_bytes().decode(errors="replace").split("\n")[:-1]:
+            (_, _, _, root, where, *_), (kind, _, options, *_) = (part.split(" ", 5) for part in line.split(" - ", 1))
             if root == "/" and kind in {"cgroup", "cgroup2"}:
                 mounts |= dict.fromkeys(options.split(",") if kind == "cgroup" else [""], Path(where))
     return mounts
@@ -4156,8 +4124,9 @@ class Slots:
 
     def __init__(self, engine: Engine, state_id: str) -> None:
         self._engine, self._names = engine, ("lightrun", state_id[:12])
-        self._lock = threading.Lock()  # guards _held
+        self._lock = threading.Lock()  # guards _held and _stuck
         self._held: set[int] = set()
+        self._stuck: set[int] = set()  # of these those whose containers are left to the keeper
         self._mounts = cgroup_mounts()
         self._driver = self._usable_driver()  # that was asked for last
         self.seen = True  # the cgroup of the last run was where it should be
@@ -4213,10 +4182,23 @@ class Slots:
             self._engine.remove(container)
         except EngineError as error:
             log.warning("container %s: %s", container, error)
+            with self._lock:
+                self._stuck |= {slot.before["slot"]} if slot else set()
             return False
         if slot:  # else the container may still be in it
             self.give_back(slot)
         return True
+
+    def stuck(self) -> set[int]:
+        """The slots whose containers are left to the keeper."""
+        with self._lock:
+            return set(self._stuck)
+
+    def loosen(self, slots: set[int]) -> None:
+        """The containers that these were left with have gone."""
+        with self._lock:
+            self._held -= slots
+            self._stuck -= slots
 
     def sweep(self) -> None:
         """Remove those that nobody holds and no container is in."""
@@ -4472,7 +4454,8 @@ def hand_out_frames(
             yield shim_frame(machine, calls)
             calls, size = [], 0
     for entry in reversed(folders):  # when nothing more is put into them
-        calls += [("fchmodat", 0, AT_FDCWD, _c(f"/{entry.path}"), entry.mode)] if entry.mode & 0o700 != 0o700 else []
+        if entry.mode & 0o700 != 0o700 or entry.path == workdir[1:]:  # which may have been there
+            calls.append(("fchmodat", 0, AT_FDCWD, _c(f"/{entry.path}"), entry.mode))
         calls += _dated(entry)
     calls += [("umask", 0, 0o022), ("chdir", 0, _c(workdir))]
     if stdin is None:
@@ -4727,9 +4710,8 @@ class Pools:
         self._drop(warm.id, warm.slot)
 
     def _drop(self, warm_id: str, slot: Slot | None) -> None:
-        removed = self._slots.vacate(slot, container_name(warm_id))
         self.forget(warm_id)
-        if not removed:
+        if not self._slots.vacate(slot, container_name(warm_id)):
             self._tidy_up()
 
     def forget(self, warm_id: str) -> None:
@@ -4752,33 +4734,29 @@ class Pools:
             self._thread.join(max(0.0, deadline - time.monotonic()))  # which has one in the making, perhaps
 
     def _keep(self) -> None:
-        pause = RETRY_SECONDS
+        pauses, due = dict.fromkeys(self._pools, RETRY_SECONDS), dict.fromkeys(self._pools, 0.0)
         while not self._ending.is_set():
-            try:
-                self._machine = self._engine.machine()
-                if self._machine is None:
-                    log.warning("--warm: runs start cold: %s", NO_SHIM)
-                    return
-                missing = [pool.image for pool in self._pools if not self._tend(pool)]
-            except (EngineError, OSError) as error:
-                log.warning("no warm containers: %s", error)
-                missing = ["all"]
-            except Exception:
-                log.exception("warm")
-                missing = ["all"]
-            pause = min(2 * pause, MAX_SWEEP_SECONDS) if missing else RETRY_SECONDS
-            self._news.wait(pause if missing else LOOK_SECONDS)
+            for pool in self._pools:
+                if time.monotonic() >= due[pool]:
+                    well = self._tend(pool)
+                    pauses[pool] = RETRY_SECONDS if well else min(2 * pauses[pool], MAX_SWEEP_SECONDS)
+                    due[pool] = 0.0 if well else time.monotonic() + pauses[pool]
+            self._news.wait(min(LOOK_SECONDS, *pauses.values()) if any(due.values()) else LOOK_SECONDS)
             self._news.clear()
             self._ending.wait(REFILL_SECONDS)
 
     def _tend(self, pool: Pool) -> bool:
         """Bring a pool to its number, of today's image; whether that can be done."""
         try:
+            self._machine = self._engine.machine()
+            if self._machine is None:
+                raise EngineError(NO_SHIM)
             self._refill(pool, self._image(pool.image))
-        except EngineAbsent:
-            raise
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             log.warning("no warm container of %s: %s", pool.image, error)
+            return False
+        except Exception:
+            log.exception("warm")
             return False
         return True
 
@@ -4827,6 +4805,8 @@ class Pools:
                 reader = FrameReader()
                 while len(told) < 64 * KIB and (data := probe.output.next(seconds=ENGINE_SECONDS)):
                     told += b"".join(bytes(payload) for _, payload in reader.feed(data))
+                if len(told) < 64 * KIB:
+                    raise EngineAbsent("a shim does not tell its environment")
             finally:
                 self.discard(probe)
             has = [each.decode("utf-8", "surrogateescape") for each in told.partition(b"\0\0")[0].split(b"\0")]
@@ -4834,7 +4814,7 @@ class Pools:
             given = {name: found[name] for name in found if name not in {"PATH", "HOSTNAME"} and not image.has(name)}
             given["HOME"] = found.get("HOME", "")
             ours, ordered = container_environment(image, probe.container[:12], given, {}), self._engine.traits.orders_environment
-            same = len(told) == 64 * KIB and (ours == has if ordered else sorted(ours) == sorted(has))
+            same = ours == has if ordered else sorted(ours) == sorted(has)
             self._given[image.id] = given if same else None
             if not same:
                 log.warning("--warm %s: runs start cold: its environment is not one that lightrun knows how to give", pool.image)
@@ -4856,7 +4836,7 @@ class Pools:
                 self._roomy.add(image.id)
             owner = self._layout.owner(self._engine, container, image)
             self._engine.put(container, put_tar(placed, owner, lambda _: iter([shim(machine)]), time.time()))
-            output = opened.enter_context(contextlib.closing(self._engine.attach_whole(container)))
+            output = opened.enter_context(contextlib.closing(self._engine.attach(container, stdin=1)))
             if slot:
                 slot.begin()
             sent = time.monotonic()
@@ -4917,7 +4897,7 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
             if tls:
                 wire.secure(ssl.create_default_context(), host)
             response = exchange(wire, "POST", target, {"Host": parts.netloc, **headers}, body)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError) as error:  # email's, too
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
         retry = response.status in {408, 425, 429} or response.status >= 500
@@ -5029,6 +5009,7 @@ class Callbacks:
                 log.exception("callback of run %s", delivery.run_id)
                 with self._changed:
                     self._put(delivery, RETRY_SECONDS)
+                    self._unpark(delivery.receiver)
 
     def _send(self, delivery: Delivery) -> None:
         """Attempt a delivery, or park it behind others to the same receiver."""
@@ -5058,7 +5039,7 @@ class Callbacks:
         """One attempt, on a thread of its own, and what comes of it."""
         delivery.attempts += 1
         outcome: dict[str, Any] = {}
-        delay = None
+        delay: float | None = CALLBACK_DELAYS[-1]  # after what nobody thought of
         try:
             outcome, delay = self._outcome(delivery, packed)
             with self._changed:
@@ -5074,8 +5055,14 @@ class Callbacks:
 
     def _outcome(self, delivery: Delivery, packed: bytes) -> tuple[dict[str, Any], float | None]:
         """The callback as the state shows it after an attempt, and seconds until the next one, if there is one."""
+        head, _, body = packed.partition(b"\n")
+        about, run_id = json.loads(head), delivery.run_id
+        headers = {"X-Light-Run-Id": run_id, "X-Light-Run-Attempt": str(delivery.attempts)}
+        if secret := about["secret"]:
+            headers["X-Light-Run-Signature"] = signature(secret, body)
+            headers |= webhook_headers(secret, run_id, body, time.time()) if secret.startswith("whsec_") else {}
         try:
-            self._post(delivery, packed)
+            deliver(about["url"], body, headers, self._allow)
         except CallbackError as error:
             log.warning("callback of run %s, attempt %d: %s", delivery.run_id, delivery.attempts, error)
             delay = None
@@ -5084,15 +5071,6 @@ class Callbacks:
             status = "failed" if delay is None else "pending"
             return {"status": status, "attempts": delivery.attempts, "lastError": str(error)}, delay
         return {"status": "delivered", "attempts": delivery.attempts}, None
-
-    def _post(self, delivery: Delivery, packed: bytes) -> None:
-        head, _, body = packed.partition(b"\n")
-        about, run_id = json.loads(head), delivery.run_id
-        headers = {"X-Light-Run-Id": run_id, "X-Light-Run-Attempt": str(delivery.attempts)}
-        if secret := about["secret"]:
-            headers["X-Light-Run-Signature"] = signature(secret, body)
-            headers |= webhook_headers(secret, run_id, body, time.time()) if secret.startswith("whsec_") else {}
-        deliver(about["url"], body, headers, self._allow)
 
     def _record(self, run_id: str, outcome: dict[str, Any], delay: float | None) -> None:
         """Put the outcome of an attempt on disk, however long that takes: else it would be made again, and not be known."""
@@ -5132,9 +5110,10 @@ class Evictor:
         self.evicted = 0  # runs
         self._uploads = 0  # bytes of uploads of runs that have not started
 
-    def hold(self, run_ids: Iterable[str], upload: Upload | None) -> contextlib.ExitStack:
-        """Keep what these runs have left, and count an upload, until that is closed."""
-        held, size = collections.Counter(set(run_ids)), upload.size if upload else 0
+    def hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
+        """Keep the artifacts that a request refers to, and count an upload, until that is closed."""
+        held = collections.Counter({each.run_id for each in request.contents() if isinstance(each, Reference)})
+        size = upload.size if upload else 0
         with self._held_lock:
             self._held += held
             self._uploads += size
@@ -5323,7 +5302,8 @@ class Killing:
 
     def by(self, deadline: float) -> None:
         """The run's time is up then."""
-        self._deadline = self.at = deadline
+        self._deadline = deadline
+        self.at = min(self.at, deadline)
 
     def due(self, asked: Ask | None) -> bool:
         """Whether a signal is due, by what is asked now."""
@@ -5374,11 +5354,9 @@ HEARD_NEXT = {
 class Job:
     """A run in progress: its record, its request, its log, what is heard of its container, and what is asked of it."""
 
-    def __init__(
-        self, run: Run, request: RunRequest, settings: Settings, tree: Tree, held: contextlib.ExitStack | None = None
-    ) -> None:
+    def __init__(self, run: Run, request: RunRequest, settings: Settings, tree: Tree, held: contextlib.ExitStack) -> None:
         self.run, self.request, self.tree = run, request, tree
-        self.held = held or contextlib.ExitStack()  # what goes into its container, until it is there
+        self.held = held  # what goes into its container, until it is there
         run.split_logs = request.split_logs
         self.log = Log(settings.log_limit, settings.state_dir, request.output_limit)
         self.slot: Slot | None = None  # what counts its usage
@@ -5459,23 +5437,19 @@ class Job:
     def dismiss(self, command: Patience) -> None:
         """It has ended."""
         with self._lock:
-            self.execs.discard(command)
             self.quiet_since = time.monotonic()
+            self.execs.discard(command)
         self.patience.ring()
 
     def idle_at(self) -> float:
         """When (monotonic) it has been idle for too long, if no command comes."""
-        with self._lock:
-            return self._idle_at()
-
-    def _idle_at(self) -> float:
         busy = self.request.idle is None or self.execs or self.asked
         return math.inf if busy else self.quiet_since + (self.request.idle or 0)
 
     def is_forgotten(self) -> bool:
         """Whether that is so: it is to end then."""
         with self._lock:
-            if time.monotonic() < self._idle_at():
+            if time.monotonic() < self.idle_at():
                 return False
             self.asked = Ask("idle", "SIGTERM")
             return True
@@ -5522,12 +5496,6 @@ class Job:
         head = dataclasses.replace(self.run, logs_truncated=self.run.logs_truncated or self.log.truncated).head()
         return whole_state(head, self.run.tail(), kept)
 
-    def close(self) -> None:
-        """Let go of what a finished run does not need."""
-        self.held.close()
-        self.patience.close()
-        self.close_streams()
-
     def close_streams(self) -> None:
         """Let go of the output, and of stdin: an engine leaves whoever feeds it waiting when the container has ended."""
         for stream in filter(None, (self.output, self.copy)):
@@ -5547,24 +5515,25 @@ class Places:
     given back when its container is gone. Each run that has one runs on a thread.
 
     Places go round the names that wait (runs without a name are one more), and for each in the order of acceptance: so no
-    backlog holds up another name. `limits` tells how many a name may have, and how many may wait."""
+    backlog holds up another name."""
 
-    def __init__(
-        self, most: int, waiting: int, execute: Callable[[Job], None],
-        limits: Callable[[str | None], tuple[int | None, int | None]],
-    ) -> None:  # fmt: skip
-        self._most, self._waiting, self._execute, self._limits = most, waiting, execute, limits
+    def __init__(self, most: int, waiting: int, execute: Callable[[Job], None]) -> None:
+        self._most, self._waiting, self._execute = most, waiting, execute
+        self._limits: dict[str | None, tuple[int | None, int | None]] = {}  # of names: how many may run, and wait; replaced whole
         self._lock = threading.Lock()  # guards all below
         self._taken: collections.Counter[str | None] = collections.Counter()  # by name
         self._running: collections.Counter[str | None] = collections.Counter()
-        self._workers = 0
-        self._urgent: collections.deque[Job] = collections.deque()  # have a container, or only have to end
         self._queues: dict[str | None, collections.deque[Job]] = {}  # of names that wait, that whose turn it is first
+
+    def limit(self, tokens: Iterable[Token]) -> None:
+        """From now on these are the limits of names."""
+        self._limits = {token.owner: token.limits for token in tokens}
+        self.hire()
 
     def take(self, owner: str | None, unasked: bool = False) -> None:
         """Take a place, even if there is none. Raises Unavailable, which says whose limit it was."""
         with self._lock:
-            waiting = self._limits(owner)[1]
+            waiting = self._limits.get(owner, (None, None))[1]
             if not unasked and self._taken.total() >= self._most + self._waiting:
                 raise Unavailable("busy", "all places for running and queued runs are taken")
             waits = self._taken[owner] - self._running[owner]
@@ -5573,12 +5542,13 @@ class Places:
             self._taken[owner] += 1
 
     def _starts_at_once(self, owner: str | None) -> bool:
-        """Under the lock: whether one more run of this name would have a worker."""
-        return self._workers < self._most and self._room(owner) > 0 and not any(self._room(each) > 0 for each in self._queues)
+        """Under the lock: whether one more run of this name would not have to wait."""
+        free = self._running.total() < self._most
+        return free and self._room(owner) > 0 and not any(self._room(each) > 0 for each in self._queues)
 
     def _room(self, owner: str | None) -> float:
-        """Under the lock: how many more runs of a name may have a worker."""
-        most = self._limits(owner)[0]
+        """Under the lock: how many more runs of a name may have a thread."""
+        most = self._limits.get(owner, (None, None))[0]
         return math.inf if most is None else max(0, most - self._running[owner])
 
     def give_back(self, owner: str | None) -> None:
@@ -5595,55 +5565,44 @@ class Places:
     def at_once(self, job: Job) -> None:
         """Run a job whose container is there already, or which only has to end, if it waits."""
         with self._lock:
-            waiting = self._queues.get(job.run.owner, collections.deque())
-            if job not in waiting:
-                return
-            waiting.remove(job)
-            if not waiting:
-                del self._queues[job.run.owner]
-            self._urgent.append(job)
-            self._workers += 1
-        self._spawn()
+            if job in self._queues.get(job.run.owner, ()):
+                self._spawn(self._leaves_queue(job))
 
     def hire(self) -> None:
-        """More workers, as many as there is work for and there may be."""
+        """Run as many of those that wait as may run."""
         with self._lock:
-            work = sum(min(len(waiting), self._room(owner)) for owner, waiting in self._queues.items())
-            coming = self._workers - self._running.total()  # those that are about to look for some
-            new = int(max(0, min(self._most - self._workers, work - coming)))
-            self._workers += new
-        for _ in range(new):
-            self._spawn()
-
-    def _spawn(self) -> None:
-        try:
-            threading.Thread(target=self._work, name="run", daemon=True).start()
-        except RuntimeError as error:  # no thread to be had: another worker takes the job, or the keeper hires one
-            log.error("no worker for a run: %s", error)
-            with self._lock:
-                self._workers -= 1
+            while (job := self._next()) and self._spawn(job):
+                pass
 
     def _next(self) -> Job | None:
-        """Under the lock: the job whose turn it is; None when none may run."""
-        if self._urgent:
-            return self._urgent.popleft()
-        for owner, waiting in self._queues.items():
-            if self._room(owner) > 0:
-                job = waiting.popleft()
-                del self._queues[owner]
-                if waiting:
-                    self._queues[owner] = waiting  # last, until its next turn
-                return job
-        return None
+        """Under the lock: the job whose turn it is, which runs from now on; None when none may run."""
+        owner = next((owner for owner in self._queues if self._room(owner) > 0), "")
+        if owner == "" or self._running.total() >= self._most:
+            return None
+        self._queues[owner] = self._queues.pop(owner)  # last, until its next turn
+        return self._leaves_queue(self._queues[owner][0])
 
-    def _work(self) -> None:
+    def _leaves_queue(self, job: Job) -> Job:
+        self._queues[job.run.owner].remove(job)
+        if not self._queues[job.run.owner]:
+            del self._queues[job.run.owner]
+        self._running[job.run.owner] += 1
+        return job
+
+    def _spawn(self, job: Job) -> bool:
+        """Under the lock: run it on a thread; false when there is none to be had: then it waits on."""
+        try:
+            threading.Thread(target=self._work, args=(job,), name="run", daemon=True).start()
+        except RuntimeError as error:
+            log.error("no worker for a run: %s", error)
+            self._running[job.run.owner] -= 1
+            self._queues.setdefault(job.run.owner, collections.deque()).appendleft(job)
+            return False
+        return True
+
+    def _work(self, job: Job | None) -> None:
         """A worker: one run after the other until there is none for it."""
-        while True:
-            with self._lock:
-                if (job := self._next()) is None:
-                    self._workers -= 1
-                    return
-                self._running[job.run.owner] += 1
+        while job:
             try:
                 self._execute(job)
             except Exception:
@@ -5651,9 +5610,7 @@ class Places:
             with self._lock:
                 self._taken[job.run.owner] -= 1
                 self._running[job.run.owner] -= 1
-                if self._workers > self._most:
-                    self._workers -= 1
-                    return
+                job = self._next()
 
     def taken(self) -> int:
         """How many places are taken."""
@@ -5663,7 +5620,7 @@ class Places:
     def queued(self) -> int:
         """How many runs wait."""
         with self._lock:
-            return len(self._urgent) + sum(map(len, self._queues.values()))
+            return sum(map(len, self._queues.values()))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -5724,9 +5681,12 @@ class Pulls:
             pull = self._pulls.get(reference)
             if pull is None or pull.done.is_set():
                 try:
-                    pull = Pull()
-                    events = self._events(self._engine.for_one(pull.patience), reference)
-                    threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
+                    with contextlib.ExitStack() as undone:
+                        pull = Pull()
+                        undone.callback(pull.patience.close)
+                        events = self._events(self._engine.for_one(pull.patience), reference)
+                        threading.Thread(target=pull.run, args=(events,), name="pull", daemon=True).start()
+                        undone.pop_all()
                 except (OSError, RuntimeError) as error:
                     raise EngineAbsent(f"lightrun has no room for a pull: {error}") from error
                 self._pulls[reference] = pull
@@ -5762,29 +5722,20 @@ class Runner:
         self, settings: Settings, store: Store, engine: Engine, evictor: Evictor, callbacks: Callbacks, metrics: Metrics
     ) -> None:
         self._settings, self._store, self._engine, self.metrics = settings, store, engine, metrics
-        self._evictor, self._callbacks, self._keeper = evictor, callbacks, Keeper(engine)
-        self._limits: dict[str | None, tuple[int | None, int | None]] = {}  # of names, replaced as a whole
+        self._evictor, self._callbacks, self.keeper = evictor, callbacks, Keeper(engine)
         self.leaving = False  # what comes is still taken, but better goes elsewhere
-        self.places = Places(settings.max_concurrent, settings.queue, self._execute, self._limits_of)
+        self.places = Places(settings.max_concurrent, settings.queue, self._execute)
         self._pulls = Pulls(engine, settings.pull_timeout, settings.pull == "always")
         self._layout = Layout()
         self.slots = Slots(engine, store.id)
         self._deaths = Deaths(engine)
-        self.pools = Pools(settings, engine, self._layout, self.slots, self._is_busy, self._keeper.tidy_up)
+        self.pools = Pools(settings, engine, self._layout, self.slots, self._is_busy, self.keeper.tidy_up)
         self._key_lock = threading.Lock()  # held while a keyed run is looked up and accepted
         self._lock = threading.Lock()  # guards _jobs and the clients they count
         self._jobs: dict[str, Job] = {}  # accepted, not yet recorded as ended
         self.stopping = False
 
     # -- taking runs in, and looking at them
-
-    def _limits_of(self, owner: str | None) -> tuple[int | None, int | None]:
-        return self._limits.get(owner, (None, None))
-
-    def limit(self, tokens: Iterable[Token]) -> None:
-        """From now on these are the limits of names."""
-        self._limits = {token.owner: token.limits for token in tokens}
-        self.places.hire()
 
     def submit(
         self, request: RunRequest, key: str | None, digest: Callable[[], str], upload: Upload | None = None,
@@ -5815,14 +5766,14 @@ class Runner:
     ) -> Job:
         if self.stopping:
             raise going_down(self._settings)
-        if not self._keeper.engine_up:
+        if not self.keeper.engine_up:
             raise Unavailable("engine_unavailable", "the container engine does not answer", 5)
         callback = {"status": "pending", "attempts": 0} if request.callback_url else None
         waited = not request.detached and key is None
         run_id, labels = self._settings.new_id(), request.labels
         run = Run(run_id, request.image, time.time(), waited, callback=callback, owner=owner, labels=labels)
         with contextlib.ExitStack() as undone:
-            held = undone.enter_context(self._hold(request, upload))
+            held = undone.enter_context(self._evictor.hold(request, upload))
             tree = self.tree(request, upload, owner)
             tree.check()
             self.places.take(owner)
@@ -5835,14 +5786,12 @@ class Runner:
         fields = {name: value for name, value in told.items() if value}
         log.info("run %s accepted from %s: %s", run.id, remote or "nobody", run.image, extra={"fields": fields})
         if upload:
-            with contextlib.suppress(Unavailable):
+            with contextlib.suppress(LightrunError):  # the next run tries again
                 self._evictor.evict("")
         self.places.enqueue(job)
+        if job.asked:  # meanwhile
+            self.places.at_once(job)
         return job
-
-    def _hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
-        """What a run refers to, until it has started."""
-        return self._evictor.hold([each.run_id for each in request.contents() if isinstance(each, Reference)], upload)
 
     def tree(self, request: RunRequest, upload: Upload | None, owner: str | None) -> Tree:
         """What goes into a container of this owner's."""
@@ -5869,36 +5818,37 @@ class Runner:
         with self._lock:
             del self._jobs[job.run.id]
         job.done.set()
-        job.close()
+        job.patience.close()
 
     def recover(self) -> None:
         """Take up every run that an earlier daemon left unfinished: those that may have a container at once, the others
         in their order."""
         for head, waited, begun, fed, asked, meter, warm in self._store.unfinished():
             run = Run.from_head(json.loads(head), bool(waited))
-            packed = self._store.request(run.id)  # a waiting client's is not stored
-            request, upload = RunRequest.unpack(packed, run.image), self._store.upload(run.id)
-            job = Job(run, request, self._settings, self.tree(request, upload, run.owner), self._hold(request, upload))
+            request = RunRequest.unpack(self._store.request(run.id), run.image)  # a waiting client's is not stored
+            upload = self._store.upload(run.id)
+            tree, held = self.tree(request, upload, run.owner), self._evictor.hold(request, upload)
+            job = Job(run, request, self._settings, tree, held)
             job.take_up(bool(begun), bool(fed))
             if warm:
                 job.give_to(hand_out := HandOut(**json.loads(warm)))
                 self.pools.adopt(hand_out.warm)
             job.slot = self.slots.take(meter) if meter else None
-            if ask := Ask.parse(asked) or self._refusal(job, packed):
+            if ask := Ask.parse(asked) or self._refusal(job):
                 job.ask(ask)
-            with self._lock:
-                self._jobs[run.id] = job
-            self.places.take(run.owner, unasked=True)
+            self._jobs[run.id] = job
+        for job in sorted(self._jobs.values(), key=lambda job: not (job.begun or job.asked)):  # now that each has what it holds
+            self.places.take(job.run.owner, unasked=True)
             self.places.enqueue(job)
             if job.begun or job.asked:
                 self.places.at_once(job)
         self.slots.sweep()
-        self._keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self.places.hire)
+        self.keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self.slots, self.places.hire)
         if self._settings.warm:
             self.pools.start()
             self._deaths.start()
 
-    def _refusal(self, job: Job, packed: bytes | None) -> Ask | None:
+    def _refusal(self, job: Job) -> Ask | None:
         """Why a run that was taken up must not go on: nobody waits for it any more, or it has not begun and today's limits
         refuse it."""
         if job.run.waited:
@@ -5906,7 +5856,7 @@ class Runner:
         if job.begun:
             return None
         try:
-            if packed is None:
+            if not job.request.reference:
                 raise BadRequest("its request is gone")
             job.request.allowed_by(self._settings)
         except LightrunError as error:
@@ -5915,7 +5865,7 @@ class Runner:
 
     def metered(self) -> bool:
         """Whether usage can be had, as far as is known; an engine that is away is not asked, and refuses the run anyway."""
-        return not self._keeper.engine_up or self.slots.able()
+        return not self.keeper.engine_up or self.slots.able()
 
     def job(self, run_id: str) -> Job | None:
         """The run in progress with this id."""
@@ -5925,19 +5875,12 @@ class Runner:
     def _is_busy(self) -> bool:
         """Whether runs wait for a place, or as many start as the engine has CPUs: a warm container would cost them as much time
         as it saves."""
-        with self._lock:
-            starting = sum(job.run.phase == "starting" for job in self._jobs.values())
-        return self.places.queued() > 0 or starting >= self._engine.about().get("NCPU", 1)
+        return self.places.queued() > 0 or self.phases().get("starting", 0) >= self._engine.about().get("NCPU", 1)
 
     def phases(self) -> dict[str, int]:
         """How many runs in progress are in each phase."""
         with self._lock:
             return collections.Counter(job.run.phase for job in self._jobs.values())
-
-    @property
-    def engine_up(self) -> bool:
-        """Whether the engine answered when it was last asked."""
-        return self._keeper.engine_up
 
     def counts(self) -> tuple[int, int]:
         """Runs that have a worker, and runs that wait for one."""
@@ -5956,7 +5899,7 @@ class Runner:
                 self._store.ask(run_id, ask.recorded)
         finally:  # with a full disk too: what ends a run makes room
             job.ask(ask)
-        self.places.at_once(job)
+            self.places.at_once(job)
 
     @contextlib.contextmanager
     def attended(self, job: Job | None) -> Iterator[None]:
@@ -5971,7 +5914,7 @@ class Runner:
         finally:
             with self._lock:
                 job.clients -= 1
-                deserted = not job.clients and job.run.waited and not job.dropped
+                deserted = not job.clients and job.run.waited and not job.dropped and not job.done.is_set()
             if deserted:
                 with contextlib.suppress(Conflict, NotFound):  # it has ended
                     self.ask(job.run.id, Ask("cancelled"))
@@ -6002,12 +5945,11 @@ class Runner:
 
     def _let_go(self, job: Job) -> None:
         """Remove the run's container, or have the keeper do it."""
-        removed = self.slots.vacate(job.slot, job.container)
         if job.hand_out:
             self.pools.forget(job.hand_out.warm)
             self._deaths.forget(job.container)
-        if not removed:
-            self._keeper.tidy_up()
+        if not self.slots.vacate(job.slot, job.container):
+            self.keeper.tidy_up()
 
     def _line(self, job: Job, engine: Engine) -> dict[str, Any]:
         """pull … start, read to the end, extract: what became of the run."""
@@ -6040,7 +5982,7 @@ class Runner:
         """Wait until the engine answers; whether it did not at once. Raises RunEnds, EngineAbsent for a run that cannot wait or
         need not."""
         away = False
-        while not self._keeper.answers():
+        while not self.keeper.answers():
             away = True
             job.in_doubt |= job.hearing is not Hearing.ENDED
             job.killing.tries = job.killing.failures = 0
@@ -6062,6 +6004,8 @@ class Runner:
                 if job.relaunched:
                     raise
                 engine.forget()  # pruned since it was last used, most likely
+                if job.begun:
+                    self._insist(job, lambda: self._store.take_back(job.run.id))
                 job.begun, job.relaunched = False, True
                 self._bring_up(job, engine)
         except EngineAbsent:
@@ -6129,11 +6073,6 @@ class Runner:
         warm = None if job.chilled else self.pools.take(image, job.request, lasting=not job.run.waited)
         if warm is None:
             return False
-        try:
-            planned = self._plan(job, engine, warm.container, image, self._way(job, engine, warm, image))
-        except BaseException:
-            self.pools.discard(warm)
-            raise
         now, (earliest, latest, started) = job.now() - time.monotonic(), warm.started
         job.shift, sent = _shift(started, started, earliest + now, latest + now), job.now()
         job.give_to(HandOut(warm.id, sent - job.shift))
@@ -6142,6 +6081,7 @@ class Runner:
         self._deaths.expect(job.container)
         job.hear(Hearing.LIVE, warm.output)
         job.stdin = None if job.fed else warm.output
+        planned = self._plan(job, engine, job.container, image, self._way(job, engine, warm, image))
         if not self._became(job, warm, planned):
             job.close_streams()
             self.pools.count("failed")
@@ -6155,12 +6095,11 @@ class Runner:
 
     def _way(self, job: Job, engine: Engine, warm: Warm, image: Image) -> list[str]:
         """The folders of the way to the workdir that the shim has to make, as the engine would have."""
-        workdir = job.request.workdir
-        if not image.root or not workdir:
-            return []
-        if self._layout.standing(engine, warm.container, image, workdir) is not Standing.NOTHING:
-            return []
-        return way_to(workdir)
+        workdir, standing = job.request.workdir or "", self._layout.standing
+        if not image.root:
+            return [workdir]  # which was made for its user, and is empty
+        missing = workdir and standing(engine, warm.container, image, workdir) is Standing.NOTHING
+        return way_to(workdir) if missing else []
 
     def _became(self, job: Job, warm: Warm, planned: Sequence[Entry]) -> bool:
         """Send a run to a warm container, and wait for the word that all was done up to its program. Which container it has is
@@ -6174,11 +6113,12 @@ class Runner:
             self._insist(job, begin, job.check)
             job.begun = True
 
-        wire, late = warm.output.wire, time.monotonic() + ENGINE_SECONDS
+        wire = warm.output.wire
         wire.patience = job.patience
         if warm.copy:
             warm.copy.wire.patience = job.patience
         whole = self.pools.hand_out(warm, job.request, planned, job.pieces, record)
+        late = time.monotonic() + ENGINE_SECONDS
         if warm.slot:
             warm.slot.started()
         while whole and job.log.hidden:
@@ -6216,12 +6156,14 @@ class Runner:
         if job.begun:
             self._insist(job, lambda: self._store.take_back(job.run.id))
         job.begun, job.chilled = False, True
+        job.close_streams()
+        job.check()
         if job.hearing is Hearing.LIVE:
             job.hear(Hearing.NOTHING)
         self._let_go(job)
         job.give_to(None)
         job.slot = None
-        if job.taken_up and (ask := self._refusal(job, self._store.request(job.run.id))):
+        if job.taken_up and (ask := self._refusal(job)):
             job.ask(ask)
 
     def _has_started(self, job: Job, engine: Engine) -> bool:
@@ -6258,6 +6200,7 @@ class Runner:
         """Have the stdin of a started run written, by a thread of its own; let go of what the run's start needed."""
         mixed = job.stdin is not None and job.hand_out is None and not self._engine.traits.splits_attach
         data, job.request = job.request.stdin, dataclasses.replace(job.request, files={}, stdin=None, tar=None)  # may be large
+        job.tree.request = job.request
         if not isinstance(data, Reference):
             job.held.close()
         if job.stdin and data is not None:
@@ -6347,7 +6290,8 @@ class Runner:
                 state = self._told(job) or self._look(job, engine)
                 if not state.running:
                     return self._hear_out(job, engine, state)
-                self._starve(job)
+                if job.starved is not None and job.now() > job.starved + 1:  # it goes on, and may take that for the end of file
+                    job.ask(Ask("engine_error", why=STDIN_BROKE))
                 if not live:
                     job.log.lost()
                 pause = min(2 * pause, LOOK_SECONDS if job.starved is None else 1)
@@ -6380,12 +6324,6 @@ class Runner:
                 job.ask(Ask("cpu_limit"))
             job.meter_at = time.monotonic() + max(METER_SECONDS, left / job.request.cpus) if left > 0 else math.inf
 
-    @staticmethod
-    def _starve(job: Job) -> None:
-        """End a run that goes on although the connection that carried its stdin broke: it may take that for the end of file."""
-        if job.starved is not None and job.now() > job.starved + 1:
-            job.ask(Ask("engine_error", why=STDIN_BROKE))
-
     def _look(self, job: Job, engine: Engine) -> ContainerState:
         """The container's state. What the engine refuses ends no run that has begun: it counts as an absence."""
         try:
@@ -6394,8 +6332,6 @@ class Runner:
                 raise EngineAbsent("the engine does not say when the container started")
         except EngineMissing as error:
             raise RunEnds("lost", "the container vanished") from error
-        except EngineAbsent:
-            raise
         except EngineError as error:
             raise EngineAbsent(str(error)) from error
         if job.run.started is None:
@@ -6575,13 +6511,14 @@ class Runner:
 
     def _complete_log(self, job: Job, engine: Engine) -> None:
         """Take the engine's copy as a whole when the log is not what one attach stream brought; say what may be missing."""
+        whole = True
         try:
             whole = not job.taken_up or engine.traits.tells_rotation
             if not job.log.full and (job.hearing is not Hearing.ENDED or job.log.missed or job.log.cut):
                 self._persist(job, lambda: job.log.replace(self._copy(job, engine)), tries=1 if job.dropped else MAX_TRIES)
         except EngineError as error:
             log.warning("run %s: %s", job.run.id, error)
-            whole = False
+            job.in_doubt = True
         job.run.logs_truncated = job.in_doubt or not whole
 
     @staticmethod
@@ -6611,9 +6548,9 @@ class Runner:
             ]
             if job.dropped:
                 raise RunEnds("cancelled", "cancelled")
-        except RunEnds:
+        except RunEnds as end:
             extraction.discard()
-            return {"extracted": [{"from": path, "status": "error", "message": "cancelled"} for path, _ in job.request.extract]}
+            return {"extracted": [{"from": path, "status": "error", "message": str(end)} for path, _ in job.request.extract]}
         return {"artifacts": extraction.artifacts, "extracted": extracted}
 
     def _keep(
@@ -6638,7 +6575,7 @@ class Runner:
         try:
             return {"status": "ok", **self._persist(job, copy_out)}
         except EngineMissing:
-            self._persist(job, lambda: self._look(job, engine))  # ends the run when it is the container that is missing
+            self._persist(job, lambda: self._look(job, engine))  # ends the extraction when it is the container that is missing
             return {"status": "missing"}
         except EngineAbsent:
             raise
@@ -6663,8 +6600,9 @@ class Runner:
             why += ", and extractOn is success" if ended and ending["reason"] in EXTRACTED else ""
             ending["extracted"] = [{"from": path, "status": "skipped", "message": why} for path, _ in job.request.extract]
         taken = job.log.taken()
+        unheard = job.begun and "exit_code" not in ending and ending["reason"] != "start_failed"
         run = dataclasses.replace(
-            job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated,
+            job.run, finished=job.now(), logs_truncated=job.run.logs_truncated or job.log.truncated or unheard,
             timings={name: spent for name, spent in job.run.timings.items() if name not in unknown},
             log_bytes=[taken[1], taken[2], int(not job.taken_up)] if job.log.counted else [], **ending,
         )  # fmt: skip
@@ -6698,14 +6636,9 @@ class Runner:
         took = f" durationMs={head['durationMs']}"
         log.info("run %s %s (%s)%s%s%s", run.id, run.status, run.reason, code, took, usage, extra={"fields": fields})
 
-    def refuse(self) -> None:
-        """Take no more runs."""
-        self.stopping = True
-
     def stop(self, deadline: float) -> None:
         """Give runs with a waiting client until then (monotonic), then kill them and wait a little for their ends, and for what
         runs that have ended leave. The others go on without us."""
-        self.refuse()
         with self._lock:
             attended = [job for job in self._jobs.values() if not job.request.detached]
         for job in attended:
@@ -6750,7 +6683,6 @@ class Exec:
         self.refusal: LightrunError | None = None  # why it has not begun
         self.born, self.began, self.ended = time.monotonic(), math.inf, math.inf
         self.pid = 0  # in the container; 0 where that cannot be told
-        self.recorded = False  # for the next daemon to kill
         self.environment: list[str] = []
         self.reason, self.error, self.oom_killed = "engine_error", "", False  # as far as is known
         self.exit_code: int | None = None
@@ -6764,18 +6696,6 @@ class Exec:
         with self._lock:
             self.asked = self.asked or (reason, why)
         self.patience.ring(hurry=not self.settled.is_set())
-
-    def begin(self) -> None:
-        """It has begun."""
-        self.began = time.monotonic()
-        self.settled.set()
-
-    def end(self) -> None:
-        """It has ended: tell whoever waits."""
-        self.ended = time.monotonic()
-        self.settled.set()
-        self.done.set()
-        self.log.nudge(ended=True)
 
     def listen(self, stream: Reply, seconds: float) -> None:
         """Take the next piece of the output, or wait so long."""
@@ -6820,8 +6740,7 @@ class Execs:
         if self.stopping:
             raise going_down(self._settings)
         with contextlib.ExitStack() as undone:
-            named = [each.run_id for each in request.contents() if isinstance(each, Reference)]
-            held = undone.enter_context(self._evictor.hold(named, None))
+            held = undone.enter_context(self._evictor.hold(request, None))
             tree = self._tree(request, None, job.run.owner)
             tree.check()
             try:
@@ -6866,6 +6785,7 @@ class Execs:
 
     def _recover(self, left: list[tuple[str, str, int]], job_of: Callable[[str], Job | None]) -> None:
         kills: collections.Counter[str] = collections.Counter()
+        pause = FIRST_LOOK_SECONDS
         while left:
             for exec_id, run_id, pid in list(left):
                 job = job_of(run_id)
@@ -6873,7 +6793,8 @@ class Execs:
                     left.remove((exec_id, run_id, pid))
                     with contextlib.suppress(LightrunError):  # the next daemon sees to it
                         self._store.end_exec(exec_id)
-            time.sleep(FIRST_LOOK_SECONDS if kills.total() <= len(left) else RETRY_SECONDS)
+            time.sleep(pause)
+            pause = RETRY_SECONDS
 
     def _is_over(self, job: Job, exec_id: str, pid: int, kills: collections.Counter[str]) -> bool:
         """Whether an earlier daemon's command has ended; it is killed if not."""
@@ -6882,7 +6803,8 @@ class Execs:
                 return True
             self._kill(job, exec_id, pid)
             kills[exec_id] += 1
-        except EngineMissing:
+        except EngineMissing:  # an engine that was restarted under its containers knows of no commands in them
+            self._kill(job, exec_id, pid)
             return True
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
@@ -6919,7 +6841,10 @@ class Execs:
 
     def _let_go(self, command: Exec) -> None:
         command.job.dismiss(command.patience)  # before its client can ask for another
-        command.end()
+        command.ended = time.monotonic()
+        command.settled.set()
+        command.done.set()
+        command.log.nudge(ended=True)
         command.held.close()
         command.patience.close()
         with self._lock:
@@ -6932,7 +6857,8 @@ class Execs:
         exec_id, stream = self._enter(command, engine) or self._enter_plainly(command, engine)
         try:
             with contextlib.closing(stream):
-                command.begin()
+                command.began = time.monotonic()
+                command.settled.set()
                 self._feed(command, stream)
                 command.patience.beside = stream.wire, lambda: command.listen(stream, 0)
                 try:
@@ -6950,10 +6876,9 @@ class Execs:
         """For the next daemon to kill. A run that a client waits for is killed as a whole then."""
         if not command.job.run.waited:
             self._store.begin_exec(exec_id, command.job.run.id, command.pid)
-            command.recorded = True
 
     def _forget(self, command: Exec, exec_id: str) -> None:
-        if command.recorded:
+        if not command.job.run.waited:
             with contextlib.suppress(LightrunError):  # the next daemon sees that it is gone
                 self._store.end_exec(exec_id)
 
@@ -7074,10 +6999,10 @@ class Execs:
             with contextlib.suppress(EngineAbsent):
                 data = stream.next(command.patience.wake, late - time.monotonic())
                 code = self._exit(engine, exec_id) if data == b"" else None
-            if code is not None:
+            if code in {SHIM_GAVE_UP, 137}:
                 self._must_run(command, engine)
-                if code == SHIM_GAVE_UP:
-                    self._must_have(command, engine, workdir)
+            if code == SHIM_GAVE_UP:  # any other code may be the command's
+                self._must_have(command, engine, workdir)
                 raise EngineError("the command could not be started in the container")
             if not data and (data == b"" or time.monotonic() > late or not stream.wire.alive):
                 command.ask("engine_error", "the engine did not say whether it has begun")
@@ -7169,9 +7094,10 @@ class Execs:
             command.reason, command.error, command.exit_code = "run_ended", "killed because its run ended", None
         elif code is None:
             command.error = "the engine does not know it any more"
-        elif code == ATTACH_BROKE and command.doubt:
-            command.exit_code, command.error = None, "the connection that carried its output broke, and it was killed"
             self._kill(command.job, exec_id, command.pid)
+        elif code == ATTACH_BROKE and (self._kill(command.job, exec_id, command.pid) or command.doubt):
+            command.exit_code, command.doubt = None, True
+            command.error = "the connection that carried its output broke, and it was killed"
         else:
             command.reason = "exited"
             if command.asked and time.monotonic() > killed_at + KILL_SECONDS:
@@ -7202,25 +7128,29 @@ class Execs:
             command.reason, command.doubt = command.asked[0], True
             raise EngineError(f"{command.asked[1]}; but it could not be killed, and may go on until its run ends")
 
-    def _kill(self, job: Job, exec_id: str, pid: int, beside: Beside | None = None) -> None:
-        """Have a command's process group killed: by us, or by a shim in its container, where it has this pid."""
+    def _kill(self, job: Job, exec_id: str, pid: int, beside: Beside | None = None) -> bool:
+        """Have a command's process group killed: by us, or by a shim in its container, where it has this pid; whether it was
+        seen to go on."""
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
         patience.beside = beside
         patience.ring(hurry=True)
-        engine = self._engine.for_one(patience)
+        engine, seen = self._engine.for_one(patience), False
         try:
-            code, pid_here, container = engine.command(exec_id)
-            seen = code is None and engine.local and kill_here(pid_here, container)
+            with contextlib.suppress(EngineMissing):
+                code, pid_here, container = engine.command(exec_id)
+                seen = code in {None, ATTACH_BROKE} and engine.local and kill_here(pid_here, container)
             if not seen and pid and (machine := engine.machine()):
-                self._kill_there(engine, machine, job.container, pid)
+                seen = self._kill_there(engine, machine, job.container, pid)
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
         finally:
             patience.close()
+        return seen
 
     @staticmethod
-    def _kill_there(engine: Engine, machine: Machine, container: str, pid: int) -> None:
-        """Have a shim kill a process group in its container, and if its leader is an init, that of the program it started."""
+    def _kill_there(engine: Engine, machine: Machine, container: str, pid: int) -> bool:
+        """Have a shim kill a process group in its container, and if its leader is an init, that of the program it started;
+        whether there was such a leader."""
         room, told = SHIM_BASE + SHIM_ROOM // 2, b""
         with contextlib.closing(engine.start_command(engine.create_command(container, [SHIM], {}, "/"))) as stream:
             frame: list[tuple[Any, ...]] = [("readlinkat", ANY_RESULT, AT_FDCWD, _c(f"/proc/{pid}/exe"), room, 128)]
@@ -7231,11 +7161,12 @@ class Execs:
             reader, late = FrameReader(), time.monotonic() + KILL_SECONDS
             while len(told) < 256 and (data := stream.next(seconds=late - time.monotonic())):
                 told += b"".join(bytes(payload) for _, payload in reader.feed(data))
-            groups = [pid, *(map(int, told[128:256].rstrip(b"\0").split()) if is_init(told[:128]) else ())]
             with asked_to("kill a command"):
+                groups = [pid, *(map(int, told[128:256].rstrip(b"\0").split()) if is_init(told[:128]) else ())]
                 killing = [("kill", ANY_RESULT, -group, signal.SIGKILL) for group in groups]
                 stream.wire.send(shim_frame(machine, [*killing, ("exit_group", 0, 0)]))
             stream.next(seconds=KILL_SECONDS)
+        return bool(told[:128].rstrip(b"\0"))
 
 
 def is_init(path: bytes) -> bool:
@@ -7273,10 +7204,10 @@ class Keeper:
         self._untidy = threading.Event()  # there may be such containers, or the engine is away
         self.engine_up = True
 
-    def start(self, in_progress: Callable[[str], Any], hire: Callable[[], None]) -> None:
+    def start(self, in_progress: Callable[[str], Any], slots: Slots, hire: Callable[[], None]) -> None:
         """Begin, with what an earlier daemon left. `in_progress` knows the ids of runs, `hire` sees to a worker."""
         self.tidy_up()
-        threading.Thread(target=self._keep, args=(in_progress, hire), name="keeper", daemon=True).start()
+        threading.Thread(target=self._keep, args=(in_progress, slots, hire), name="keeper", daemon=True).start()
 
     def tidy_up(self) -> None:
         """Look for containers to be removed, as soon as the engine answers."""
@@ -7293,40 +7224,46 @@ class Keeper:
             return False
         return True
 
-    def _keep(self, in_progress: Callable[[str], Any], hire: Callable[[], None]) -> None:
+    def _keep(self, in_progress: Callable[[str], Any], slots: Slots, hire: Callable[[], None]) -> None:
         pause = RETRY_SECONDS
         while True:
-            self._untidy.wait()
+            if not self._untidy.wait(LOOK_SECONDS):
+                hire()  # there may have been no thread when one was needed
+                continue
             self._untidy.clear()
             try:
-                left = self._sweep(in_progress)
-                self.engine_up = True
+                left = self._sweep(in_progress, slots)
             except EngineError as error:
                 if self.engine_up:  # an absence is told once
                     log.warning("%s; trying again", error)
                 self.engine_up, left = not isinstance(error, EngineAbsent), 1
-                pause = RETRY_SECONDS
             except Exception:
                 log.exception("keeper")
                 left = 1
             hire()
             if left:
-                time.sleep(pause)
+                for _ in range(round(pause / RETRY_SECONDS)):  # no longer than that while the engine is away
+                    time.sleep(RETRY_SECONDS)
+                    if not self.engine_up:
+                        break
                 pause = min(2 * pause, MAX_SWEEP_SECONDS) if self.engine_up else RETRY_SECONDS
                 self.tidy_up()
             else:
                 pause = RETRY_SECONDS
 
-    def _sweep(self, in_progress: Callable[[str], Any]) -> int:
+    def _sweep(self, in_progress: Callable[[str], Any], slots: Slots) -> int:
         """Remove what no run in progress has; how many could not be. One that cannot be removed stops no other."""
-        left = 0
-        for run_id in self._engine.left():
+        stuck, runs, left = slots.stuck(), self._engine.left(), 0
+        self.engine_up = True
+        for run_id in runs:
             if not in_progress(run_id):
                 try:
                     self._engine.remove(container_name(run_id))
                 except EngineError as error:
                     log.warning("container of run %s: %s", run_id, error)
                     left += 1
+        if not left:
+            slots.loosen(stuck)
         return left
 
 
@@ -7401,18 +7338,11 @@ def _live(events: Iterator[dict[str, Any]]) -> Generator[bytes, None, None]:
 def remote(environ: Mapping[str, Any], trusted: Sequence[str]) -> str:
     """The address that a request comes from: the last in X-Forwarded-For that no proxy we trust has, if a trusted one sent it."""
     networks = [ipaddress.ip_network(each) for each in trusted if each != "unix"]
-    far = str(environ["REMOTE_ADDR"])
-    if far == "localhost" and "unix" not in trusted:  # as waitress calls a Unix socket
-        return far
-    hops = [hop.strip() for hop in str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")[-MAX_HOPS:]]
-    for hop in [*reversed(hops), ""]:
-        with contextlib.suppress(ValueError):
-            if far != "localhost" and not any(ipaddress.ip_address(far) in network for network in networks):
-                return far
-        try:
-            far = str(ipaddress.ip_address(hop))
-        except ValueError:  # what a proxy we trust was told by somebody else, or nothing
-            return far
+    far = str(environ["REMOTE_ADDR"]).removeprefix("::ffff:")  # so an IPv4 address is called on an IPv6 socket
+    hops = str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")[-MAX_HOPS:]
+    with contextlib.suppress(ValueError, IndexError):  # what a proxy we trust was told by somebody else, or no more of it
+        while (far == "localhost" and "unix" in trusted) or any(ipaddress.ip_address(far) in each for each in networks):
+            far = str(ipaddress.ip_address(hops.pop().strip()))  # waitress calls a Unix socket localhost
     return far
 
 
@@ -7453,9 +7383,8 @@ class Answer:
 
 
 def json_answer(value: Any, status: int = 200, **headers: str) -> Answer:
-    """An answer of JSON; bytes are taken as JSON already."""
-    body = value if isinstance(value, bytes) else to_json(value)
-    return Answer(status, body, {"Content-Type": JSON, **headers})
+    """An answer of JSON."""
+    return Answer(status, to_json(value), {"Content-Type": JSON, **headers})
 
 
 class Gone(Exception):
@@ -7466,47 +7395,28 @@ class Call:
     """One request to a route."""
 
     def __init__(self, environ: dict[str, Any], query: dict[str, Any], ending: threading.Event) -> None:
-        self._environ, self.query, self._ending = environ, query, ending
-
-    @property
-    def trailers(self) -> dict[str, str]:
-        """Header fields that are to follow a body that is sent in pieces (RFC 9110, 6.5)."""
-        return self._environ.setdefault("lightrun.trailers", {})  # type: ignore[no-any-return]
-
-    def remote(self, trusted: Sequence[str]) -> str:
-        """Whose request it is."""
-        return remote(self._environ, trusted)
+        self.environ, self.query, self._ending = environ, query, ending
 
     @property
     def owner(self) -> str | None:
         """The name of the token that it came with, whose runs alone it sees; None sees all."""
-        owner: str | None = self._environ.get("lightrun.owner")
+        owner: str | None = self.environ.get("lightrun.owner")
         return owner
 
     def header(self, name: str, default: Any = "") -> Any:
         """A header's text, the default when absent."""
-        return self._environ.get("HTTP_" + name.upper().replace("-", "_"), default)
+        return self.environ.get("HTTP_" + name.upper().replace("-", "_"), default)
 
     def gone(self) -> bool:
         """Whether nobody may wait any longer: the client has closed its side of the connection, or lightrun ends."""
-        return self._ending.is_set() or bool(self._environ["waitress.client_disconnected"]())
+        return self._ending.is_set() or bool(self.environ["waitress.client_disconnected"]())
 
     def body(self, kinds: Sequence[str] = (JSON,)) -> tuple[str, IO[bytes]]:
         """The kind of the body, which must be one of these, and the body. Raises UnsupportedMediaType."""
-        kind = self._environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
+        kind = self.environ.get("CONTENT_TYPE", "").partition(";")[0].strip().lower()
         if kind not in kinds:
             raise UnsupportedMediaType(f"the body must be {' or '.join(kinds)}")
-        return kind, self._environ["wsgi.input"]
-
-    def upload(self, body: IO[bytes]) -> Upload:
-        """The parts of a body that is multipart/form-data. Raises BadRequest."""
-        return Upload.parse(body, self._environ["CONTENT_TYPE"])
-
-    def optional_json(self, schema: dict[str, Any]) -> dict[str, Any]:
-        """The body by its schema; {} for none. Raises BadRequest, UnsupportedMediaType."""
-        if self._environ.get("CONTENT_LENGTH") in {None, "", "0"}:
-            return {}
-        return _checked(self.body()[1].read(), Schema(schema))
+        return kind, self.environ["wsgi.input"]
 
 
 STOP_SCHEMA = {
@@ -7516,7 +7426,6 @@ STOP_SCHEMA = {
     },
 }  # fmt: skip
 RAN = {"running", "extracting"}  # phases in which a program has begun
-HEALTHS = ["ok", "unavailable", "stopping"]
 STATUSES = ["running", "succeeded", "failed", "cancelled"]
 LOG_QUERY: dict[str, dict[str, Any]] = {
     "stream": {"type": "string", "enum": list(STREAMS.values())},
@@ -7600,8 +7509,8 @@ def parse_query(text: str, properties: dict[str, dict[str, Any]]) -> dict[str, A
             problems.append({"path": ["query", name], "message": "stands twice"})
         numeric = kind == "integer" and re.fullmatch(r"-?\d{1,15}", value, re.ASCII)
         values[name] = int(value) if numeric else value == "true" if kind == "boolean" and value in {"true", "false"} else value
-    schema = Schema({"type": "object", "properties": properties, "additionalProperties": False})
-    problems += [{**problem, "path": ["query", *problem["path"]]} for problem in schema.problems(values)]
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    problems += problems_of(values, schema, ["query"])
     if problems:
         raise BadRequest(details=problems)
     return values
@@ -7706,7 +7615,8 @@ ANSWERS = {
         run={"$ref": REFERENCE + "Run"}, exec={"$ref": REFERENCE + "Exec"},
     ),
     "Health": _object(
-        "status docker version runs", status={"enum": HEALTHS}, version=_TEXT, node=_TEXT, runs=_NUMBERS, usage=_TRUE,
+        "status docker version runs", status={"enum": ["ok", "unavailable", "stopping"]}, version=_TEXT, node=_TEXT,
+        runs=_NUMBERS, usage=_TRUE,
     ),
     "Error": _object(
         "error", error=_TEXT, message=_TEXT, details=_list(_object("path message", path={"type": "array"}, message=_TEXT))
@@ -7786,7 +7696,7 @@ class Api:
         self._root = settings.artifacts_root()
         self._waiting_places = threading.BoundedSemaphore(settings.max_waiting)  # of requests that wait or stream
         self._health_lock = threading.Lock()  # held while the engine is asked
-        self._engine_about: dict[str, str] | None = None
+        self._engine_about: tuple[dict[str, str] | None, bool] | None = None  # its answer, if any, and whether usage can be had
         self.ending = threading.Event()  # tells all who wait or stream that the time is up
         self._router = bottle.Bottle()
         self._router.router.add_filter("path", lambda _: (r"[\s\S]+", None, None))  # a name may hold a newline
@@ -7907,7 +7817,7 @@ class Api:
             "lightrun_callbacks_owed": {(): self._store.callbacks_owed()},
             "lightrun_stored_runs": {(): count}, "lightrun_stored_bytes": {(): size},
             "lightrun_evictions_total": {(): self._evictor.evicted},
-            "lightrun_engine_up": {(): runner.engine_up},
+            "lightrun_engine_up": {(): runner.keeper.engine_up},
         }  # fmt: skip
         text = self._metrics.text(figures | process_figures())
         return Answer(200, text.encode(), {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
@@ -7922,19 +7832,19 @@ class Api:
 
     def health(self, call: Call) -> Answer:
         """GET /health"""
-        if self._health_lock.acquire(blocking=False):  # one question at a time: a hung engine must not take all threads
-            try:
-                self._engine_about = self._engine.version()
+        if self._health_lock.acquire(timeout=0 if self._engine_about else HEALTH_SECONDS):
+            try:  # one question at a time: a hung engine must not take all threads
+                self._engine_about = self._engine.version(), self._runner.slots.able()
             except EngineError:
-                self._engine_about = None
+                self._engine_about = None, False
             finally:
                 self._health_lock.release()
         running, queued = self._runner.counts()
-        engine = self._engine_about
+        engine, metered = self._engine_about or (None, False)
         status = "stopping" if self._runner.leaving else "ok" if engine else "unavailable"
         about = {"status": status, "docker": bool(engine), "version": __version__, "runs": {"running": running, "queued": queued}}
         about |= {"node": self._settings.node} if self._settings.node else {}
-        about |= {"engine": engine, **({"usage": True} if self._runner.slots.able() else {})} if engine else {}
+        about |= {"engine": engine, **({"usage": True} if metered else {})} if engine else {}
         return json_answer(about, 200 if status == "ok" else 503)
 
     def openapi(self, call: Call) -> Answer:
@@ -7953,8 +7863,6 @@ class Api:
             if EVENTS in call.header("Accept"):
                 return self._streamed(call, _live(self._events(call, run_id, job, True)), EVENTS, place.pop_all())
             self._wait(call, job.done if job else None, math.inf)
-            if job and not job.done.is_set():  # its client has gone, or lightrun goes
-                raise Gone
             return json_answer(self._state(call, run_id, job))
 
     def _submit(self, call: Call, place: contextlib.ExitStack) -> tuple[str, Job | None, bool]:
@@ -7963,41 +7871,34 @@ class Api:
         if key is not None and not (1 <= len(key) <= 200 and key.isascii() and key.isprintable()):
             raise BadRequest("Idempotency-Key must have 1 to 200 printable ASCII characters")
         kind, body = call.body((JSON, FORM))
-        if kind == JSON:
-            raw = body.read()
-            return self._accepted(call, place, key, raw, None)
-        place.enter_context(self._waiting_place())  # while it is checked, or for as long as the client waits
-        upload = call.upload(body)
-        try:
-            assert upload.run
-            return self._accepted(call, place, key, upload.read(upload.run), upload)
-        except BaseException:
-            upload.close()
-            raise
-
-    def _accepted(
-        self, call: Call, place: contextlib.ExitStack, key: str | None, raw: bytes, upload: Upload | None
-    ) -> tuple[str, Job | None, bool]:
-        request = RunRequest.parse(raw, self._settings, self._runner.metered(), upload)
-        if not request.detached and not upload:
-            place.enter_context(self._waiting_place())
-        digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
-        far = call.remote(self._settings.trust_proxy)
-        return *self._runner.submit(request, key, digest, upload, call.owner, far), request.detached
+        upload: Upload | None = None
+        with contextlib.ExitStack() as undone:
+            if kind == FORM:
+                place.enter_context(self._waiting_place())  # while it is checked, or for as long as the client waits
+                upload = Upload.parse(body, call.environ["CONTENT_TYPE"])
+                undone.callback(upload.close)
+            raw = upload.read(upload.run) if upload and upload.run else body.read()
+            request = RunRequest.parse(raw, self._settings, self._runner.metered(), upload)
+            if not request.detached and not upload:
+                place.enter_context(self._waiting_place())
+            digest = upload.digest if upload else lambda: hashlib.sha256(raw).hexdigest()
+            far = remote(call.environ, self._settings.trust_proxy)
+            accepted = self._runner.submit(request, key, digest, upload, call.owner, far)
+            undone.pop_all()
+            return *accepted, request.detached
 
     @staticmethod
-    def _wait(call: Call, event: threading.Event | None, seconds: float) -> bool:
-        """Until that happens, if it is not past, or the time is up; false when the client has gone before."""
+    def _wait(call: Call, event: threading.Event | None, seconds: float) -> None:
+        """Until that happens, if it is not past, or the time is up. Raises Gone when the client goes before."""
         deadline = time.monotonic() + seconds
         while event and (left := deadline - time.monotonic()) > 0 and not event.wait(min(left, DISCONNECT_POLL_SECONDS)):
             if call.gone():
-                return False
-        return True
+                raise Gone
 
     def _events(self, call: Call, run_id: str, job: Job | None, follow: bool) -> Iterator[dict[str, Any]]:
         """The events of a run, with an empty one now and then; those so far without `follow`."""
         at: dict[int, int] = {} if job else self._log_bytes(run_id)[0]
-        followed = _followed(job.log, at) if job else iter([self._kept(run_id)])
+        followed = _followed(job.log, at) if job else iter([self._store.frames(run_id)])
         yield {"event": "accepted", "id": run_id}
         head = {} if job else json.loads(self._store.head(run_id))
         progress, started = None, False
@@ -8012,8 +7913,14 @@ class Api:
                 started = True
                 yield {"event": "started"}
             yield event
-        short = job is not None and max(job.log.taken().values()) <= self._settings.log_limit
-        if job and follow and short and job.log.truncated and not (lacks or job.log.full):
+        if not started and job and job.run.started:  # it was over before a word was told
+            yield {"event": "started"}
+        short = max((job.log.taken() if job else at).values(), default=math.inf) <= self._settings.log_limit
+        if job:
+            short = follow and not job.log.full and (job.in_doubt or (short and job.log.truncated and not lacks))
+        elif short:
+            short = lacks and head["reason"] != "output_limit"
+        if short:
             yield {"event": "gap"}  # at the end, where no follower could be cut off
         if follow or job is None:
             yield {"event": "finished", "run": self._untold(call, self._state(call, run_id, job))}
@@ -8043,16 +7950,14 @@ class Api:
                 followed = itertools.chain([next(followed)], followed)
             place.callback(command.ask, "cancelled", "its client left")
             self._execs.start(command)
-            if not self._wait(call, command.settled, math.inf):
-                raise Gone
+            self._wait(call, command.settled, math.inf)
             if command.refusal:
                 raise command.refusal
             if EVENTS in accept:
                 return self._streamed(call, _live(self._exec_events(call, command, followed, at)), EVENTS, place.pop_all())
             if BYTES in accept:
                 return self._raw(call, command, followed, place)
-            if not self._wait(call, command.done, math.inf):
-                raise Gone
+            self._wait(call, command.done, math.inf)
             return json_answer(command.state())
 
     def _exec_events(
@@ -8089,7 +7994,7 @@ class Api:
                 if each is None:
                     raise LogGap
                 yield raw_log(each, "stdout")
-            call.trailers.update(_outcome(command))
+            call.environ["lightrun.trailers"] = _outcome(command)  # header fields behind the body (RFC 9110, 6.5)
 
         answer = self._streamed(call, pieces(piece), BYTES, place.pop_all())
         answer.headers["Trailer"] = "X-Exit-Code, X-Reason, X-Logs-Truncated"
@@ -8116,20 +8021,15 @@ class Api:
         """GET /runs/<id>"""
         job = self._runner.job(run_id)
         if job and call.query.get("wait"):
-            with self._waiting_place(), self._runner.attended(job):
+            with self._waiting_place(), self._runner.attended(job), contextlib.suppress(Gone):
                 self._wait(call, job.done, call.query["wait"] / 1000)
         return json_answer(self._state(call, run_id, job))
 
     def _state(self, call: Call, run_id: str, job: Job | None) -> dict[str, Any]:
-        if job := job or self._runner.job(run_id):
+        if job:
             return _for(call, job.state())
         head = json.loads(self._store.head(run_id))
         return _for(call, whole_state(head, self._store.tail(run_id), self._store.frames(run_id)))
-
-    def _kept(self, run_id: str) -> bytes:
-        """The frames kept of a run's log."""
-        job = self._runner.job(run_id)
-        return job.log.frames() if job else self._store.frames(run_id)
 
     def logs(self, call: Call, run_id: str) -> Answer:
         """GET /runs/<id>/logs"""
@@ -8137,8 +8037,9 @@ class Api:
         if tail is not None and start is not None:
             raise BadRequest(details=[problem("cannot go together with from", "query", "tail")])
         job, at = self._runner.job(run_id), dict[int, int]()
-        if job and start is not None:
-            job.catch_up(start, stream)
+        if job and start is not None and total_of(job.log.taken(), stream) < start:
+            with self._waiting_place():
+                job.catch_up(start, stream)
         followed = job.log.follow(at) if job else None
         kept = raw_log(next(followed) if followed else self._store.frames(run_id), stream)
         if start is not None:
@@ -8146,7 +8047,7 @@ class Api:
             kept = _since(kept, start, stream, taken, in_order)
         kept = last_lines(kept, tail)
         if followed is None or not call.query.get("follow"):
-            return Answer(200, kept, {"Content-Type": BYTES, "X-Content-Type-Options": "nosniff"})
+            return Answer(200, kept, {"Content-Type": BYTES})
 
         def pieces(followed: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
             with contextlib.closing(followed):
@@ -8186,7 +8087,8 @@ class Api:
 
     def stop(self, call: Call, run_id: str) -> Answer:
         """POST /runs/<id>/stop"""
-        wanted = call.optional_json(STOP_SCHEMA)
+        sent = call.environ.get("CONTENT_LENGTH") not in {None, "", "0"}
+        wanted = _checked(call.body()[1].read(), STOP_SCHEMA) if sent else {}
         self._runner.ask(run_id, Ask("stopped", wanted.get("signal", "SIGTERM"), wanted.get("grace", 10_000) / 1000))
         return Answer(204)
 
@@ -8306,7 +8208,6 @@ def _spooling_parser(folder: Path) -> type:
     may be memory."""
     import waitress.buffers
     import waitress.parser
-    import waitress.utilities
 
     class Spool(waitress.buffers.OverflowableBuffer):
         file: Any = None
@@ -8322,32 +8223,43 @@ def _spooling_parser(folder: Path) -> type:
                 with contextlib.suppress(OSError):
                     self.file.close()
 
-    class NoRoom(waitress.utilities.Error):
-        code, reason = 503, "Service Unavailable"
-
     class Parser(waitress.parser.HTTPRequestParser):
         spool: Spool | None = None
 
         def parse_header(self, header_plus: bytes) -> None:
-            super().parse_header(header_plus)
-            if self.body_rcv is not None:
+            try:
+                super().parse_header(header_plus)
+            except (ValueError, waitress.parser.TransferEncodingNotImplemented) as error:
+                raise waitress.parser.ParsingError("a header cannot be understood") from error
+            if not is_length_certain(header_plus, self.version, "CONTENT_LENGTH" in self.headers):
+                raise waitress.parser.ParsingError("the length of the body is not certain")
+            if self.body_rcv is None:
+                self.expect_continue = False  # there is nothing to wait for
+            else:
                 self.body_rcv.buf = self.spool = Spool(self.adj.inbuf_overflow)
 
         def received(self, data: bytes) -> int:
+            refusal: Any = None
             try:
-                return int(super().received(data))
+                consumed = int(super().received(data))
+                body: Any = self.body_rcv
+                if self.chunked and len(body.control_line) + len(body.trailer) > MAX_HEADER_BYTES:
+                    refusal = BadRequest("the line before a chunk, or what follows the last one, is too long")
             except OSError as error:
                 if self.spool is not None:
                     self.spool.drop()
-                self.error, self.completed = NoRoom(str(error.strerror)), True
-                return len(data)
+                why = f"the body cannot be written to the state dir: {error.strerror}"
+                refusal = Unavailable("storage_unavailable", why, 5)
+            if refusal is None:
+                return consumed
+            self.error, self.completed = refusal, True
+            return len(data)
 
     return Parser
 
 
 def _parser_class(gate: Gate, folder: Path) -> type:
     """waitress's reading of requests with this gate, and JSON for the errors that it answers by itself."""
-    import waitress.parser
     import waitress.utilities
 
     base: Any = _spooling_parser(folder)
@@ -8357,7 +8269,7 @@ def _parser_class(gate: Gate, folder: Path) -> type:
             self.code, self._json, self._headers = status, to_json(body), headers
 
         def to_response(self, ident: str | None = None) -> Any:
-            headers = [("Content-Type", "application/json"), *self._headers.items()]
+            headers = [("Content-Type", JSON), *self._headers.items()]
             return f"{self.code} {http.client.responses[self.code]}", headers, self._json
 
     class Parser(base):  # type: ignore[misc]  # a class made here
@@ -8373,27 +8285,17 @@ def _parser_class(gate: Gate, folder: Path) -> type:
 
         @error.setter
         def error(self, error: Any) -> None:
-            if error is not None and not isinstance(error, JsonError):
+            if isinstance(error, LightrunError):
+                error = JsonError(error.status, error.body(), error.headers)
+            elif error is not None and not isinstance(error, JsonError):
                 codes = {400: "bad_request", 413: "too_large", 431: "headers_too_large", 501: "not_implemented"}
-                codes |= {503: "storage_unavailable"}
                 limit = self.adj.max_request_body_size - 1
-                words = {
-                    413: f"the body has more than {limit} bytes, which is --body-limit",
-                    503: f"the body cannot be written to the state dir: {error.body}",
-                }
-                more = {"message": words[error.code]} if error.code in words else {}
-                headers = {"Retry-After": "5"} if error.code == 503 else {}
-                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, headers)
+                more = {"message": f"the body has more than {limit} bytes, which is --body-limit"} if error.code == 413 else {}
+                error = JsonError(error.code, {"error": codes.get(error.code, LightrunError.code), **more}, {})
+            if error is not None and self.command == "HEAD":
+                error._json = b""
             self._error = error
             self.expect_continue = False  # no "100 Continue" before a refusal
-
-        def parse_header(self, header_plus: bytes) -> None:
-            try:
-                super().parse_header(header_plus)
-            except (ValueError, waitress.parser.TransferEncodingNotImplemented) as error:
-                raise waitress.parser.ParsingError("a header cannot be understood") from error
-            if not is_length_certain(header_plus, self.version, "CONTENT_LENGTH" in self.headers):
-                raise waitress.parser.ParsingError("the length of the body is not certain")
 
         def received(self, data: bytes) -> int:
             consumed: int = super().received(data)
@@ -8403,8 +8305,9 @@ def _parser_class(gate: Gate, folder: Path) -> type:
                 refusal, self.owner = (None, None) if malformed else gate.judge(str(self.command), self.path, self.headers)
                 if refusal:
                     self.error, self.completed = JsonError(*refusal), True
-                if self.error:
-                    gate.tell_refusal(self.remote, str(self.command), self.path, self.headers, self.error.code)
+            if self.error:  # and so it is complete: what follows is no request
+                gate.tell_refusal(self.remote, str(self.command), self.path, self.headers, self.error.code)
+                return len(data)
             return consumed
 
     return Parser
@@ -8417,6 +8320,17 @@ def _lingering_class(base: Any) -> type:
     class Lingering(base):  # type: ignore[misc]  # what is overridden is not in waitress's types
         lingers = 0.0  # until then (monotonic) what still comes is thrown away
         _refused = False
+
+        @property
+        def last_activity(self) -> float:
+            return self._active
+
+        @last_activity.setter
+        def last_activity(self, _: float) -> None:  # waitress tells that of a clock which may be set
+            self._active = time.monotonic()
+
+        def received(self, data: bytes) -> bool:
+            return bool(self.requests and self.requests[-1].error) or bool(super().received(data))  # nothing after a refusal
 
         def service(self) -> None:
             self._refused = self.requests[0].error is not None
@@ -8432,7 +8346,7 @@ def _lingering_class(base: Any) -> type:
 
         def _linger(self) -> None:
             self.close_when_flushed, self.lingers = False, time.monotonic() + LINGER_SECONDS
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # it was closed just now
                 self.socket.shutdown(socket.SHUT_WR)
 
         def handle_read(self) -> None:
@@ -8653,7 +8567,7 @@ class Server:
         server, now = self._server, time.monotonic()
         if now >= server.next_channel_cleanup:
             server.next_channel_cleanup = now + server.adj.cleanup_interval
-            server.maintenance(time.time())
+            server.maintenance(now)
         if len(server.active_channels) >= server.adj.connection_limit:
             self._pause(f"{server.adj.connection_limit} are open")
         return server.accepting and now >= self._resume
@@ -8708,7 +8622,7 @@ class Daemon:
             evictor = Evictor(self._store, settings)
             callbacks = Callbacks(self._store, settings.callback_allow)
             self._runner = Runner(settings, self._store, self._engine, evictor, callbacks, metrics)
-            self._runner.limit(tokens)
+            self._runner.places.limit(tokens)
             local = self._socket.family == socket.AF_UNIX
             loopback = local or ipaddress.ip_address(self._socket.getsockname()[0]).is_loopback
             check_origin = not tokens and not local
@@ -8740,15 +8654,15 @@ class Daemon:
     def reload(self) -> None:
         """Read the token file again; a bad one changes nothing."""
         path = self._settings.token_file
-        if path is None or not path.is_file():  # a pipe, say, that was read to its end
-            log.warning("SIGHUP is ignored: there is no --token-file to read again")
-            return
         try:
+            if path is None or not path.is_file():  # a pipe, say, that was read to its end
+                log.warning("SIGHUP is ignored: there is no --token-file to read again")
+                return
             tokens = self._settings.tokens()
             self._gate.take(tokens)
-            self._runner.limit(tokens)
+            self._runner.places.limit(tokens)
             log.info("%s was read again", path)
-        except UsageError as error:
+        except (UsageError, OSError) as error:
             log.error("%s; the tokens stay as they were", error)
 
     def stop(self) -> None:
@@ -8759,7 +8673,7 @@ class Daemon:
         usual = LEAVE_SECONDS if self._settings.node else 0
         time.sleep(usual if self._settings.leave is None else self._settings.leave)
         deadline = time.monotonic() + self._settings.drain
-        self._runner.refuse()
+        self._runner.stopping = True
         self._gate.closing = True
         self._execs.stop(deadline)
         self._runner.stop(deadline)
@@ -8818,6 +8732,16 @@ class JsonFormatter(TextFormatter):
         return to_json(line).decode()
 
 
+def write_whole(descriptor: int, data: bytes) -> None:
+    """Write all of it, also to a terminal or pipe that another process has made not to block. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[os.write(descriptor, left) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
 class LogWriter(logging.Handler):
     """Standard error, written by a thread of its own: whoever reads it may stop, and would then hold every thread that has
     something to say. What finds no room, or cannot be written, is counted; the count is told when there is room again."""
@@ -8873,16 +8797,10 @@ class LogWriter(logging.Handler):
                     self._lost -= lost
 
     def _write(self, line: str) -> bool:
-        left = memoryview((line + "\n").encode("utf-8", "backslashreplace"))
-        while left:
-            try:
-                left = left[os.write(self._descriptor, left) :]
-            except BlockingIOError:  # another process has made the terminal or pipe so
-                poll = select.poll()
-                poll.register(self._descriptor, select.POLLOUT)
-                poll.poll()
-            except OSError:
-                return False
+        try:
+            write_whole(self._descriptor, (line + "\n").encode("utf-8", "backslashreplace"))
+        except OSError:
+            return False
         return True
 
 
@@ -8940,10 +8858,6 @@ class _Patience:
     """How long a client bears with a daemon that was there: PATIENCE_SECONDS since it was last heard of."""
 
     def __init__(self) -> None:
-        self._deadline = self._pause = 0.0
-
-    def reset(self) -> None:
-        """It has brought something on."""
         self._deadline = self._pause = 0.0
 
     def bear(self, error: LightrunError) -> None:
@@ -9007,7 +8921,7 @@ class Client:
     def __init__(self, url: str | None = None, token: str | None = None) -> None:
         self.url = url or os.environ.get(variable_of("url")) or DEFAULT_URL
         self._connect, self._prefix = _connector(self.url)
-        token = token or default_token(os.environ)
+        token = token or token_of(*(os.environ.get(variable_of(name)) for name in ("token", "token_file")))
         if token and not (token.isascii() and token.isprintable()):
             raise UsageError("the token must be printable ASCII")
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -9079,21 +8993,16 @@ class Client:
 
     def _order(self, method: str, path: str, body: bytes | None = None) -> None:
         """Have something done that cannot be done twice: once it was asked for, that it is done already is as good."""
-        lost = False
-
-        def step() -> None:
-            nonlocal lost
+        patience, lost = _Patience(), False
+        while True:
             try:
                 with self._ask(method, path, body, {"Content-Type": JSON} if body else None):
-                    pass
-            except ConnectionLost:
-                lost = True
-                raise
-            except ApiError as error:
-                if not lost or error.status not in {404, 409}:
-                    raise
-
-        self._persist(step)
+                    return
+            except (ConnectionLost, ApiError) as error:
+                if lost and error.code in {"not_found", "not_running"}:
+                    return
+                lost = lost or isinstance(error, ConnectionLost)
+                patience.bear(error)
 
     def _events(self, method: str, path: str, body: bytes | None = None) -> Iterator[dict[str, Any]]:
         """The events of an answer as they come, once. The last one is `finished` or `running`. Raises ConnectionLost."""
@@ -9107,6 +9016,8 @@ class Client:
                     raise ConnectionLost("the connection to the daemon broke within an event") from error
                 except (LookupError, TypeError, RecursionError) as error:
                     raise NotLightrun from error
+                if event["event"] == "finished":
+                    _sound(event)
                 yield event
                 if last:
                     return
@@ -9175,16 +9086,9 @@ class Client:
     ) -> Outcome:  # fmt: skip
         """Run a second command in a run that goes on. It ends when its client does: raises ConnectionLost when that is so."""
         request = {"entrypoint": entrypoint, **fields, **({} if stdin is None else {"stdin": _transferable(stdin)})}
-        output, received, state = _Output(on_output), Received(), None
-        received.connected()
-        for event in self._events("POST", f"/runs/{run_id}/exec?encoding=base64", _packed_json(request)):
-            if event["event"] == "gap":
-                received.complete = False
-            elif event["event"] == "finished":
-                state = event.get("exec")
-            elif event["event"] != "log" or received.take(event):
-                output.take(event)
-        return output.outcome(_sound(state), received.complete)
+        received = Received()
+        events = self._events("POST", f"/runs/{run_id}/exec?encoding=base64", _packed_json(request))
+        return Outcome.of(received.new(events), received, on_output)
 
     def get(self, run_id: str) -> RemoteRun:
         """A run by its id, or by a beginning that is its own."""
@@ -9212,13 +9116,17 @@ class Received:
     def __init__(self) -> None:
         self.taken = dict.fromkeys(STREAMS.values(), 0)
         self.complete = True
-        self._untouched: set[str] = set()
 
-    def connected(self) -> None:
-        """What comes now comes over a new connection."""
-        self._untouched = {stream for stream, taken in self.taken.items() if not taken}
+    def new(self, events: Iterable[dict[str, Any]], first: int = 0) -> Iterator[dict[str, Any]]:
+        """What is new of the events of one connection. A gap before the `first` only says that the beginning is not kept."""
+        untouched = {stream for stream, taken in self.taken.items() if not taken}
+        for index, event in enumerate(events):
+            if event["event"] == "gap" and index >= first:
+                self.complete = False
+            if event["event"] != "log" or self._take(event, untouched):
+                yield event
 
-    def take(self, event: dict[str, Any]) -> bool:
+    def _take(self, event: dict[str, Any], untouched: set[str]) -> bool:
         """Add to a log event what of its bytes is new, as `data`; whether that is anything. Bytes of which the daemon cannot tell
         where they stand are new only where there were none before. Raises NotLightrun."""
         try:
@@ -9230,15 +9138,16 @@ class Received:
         except (LookupError, TypeError, ValueError) as error:
             raise NotLightrun from error
         self.complete = self.complete and "at" in event and at <= taken
-        if "at" not in event and stream not in self._untouched:
+        if "at" not in event and stream not in untouched:
             return False
         self.taken[stream] = max(taken, at + len(data))
         event["data"] = data[max(0, taken - at) :]
         return bool(event["data"])
 
 
-def _sound(state: Any) -> dict[str, Any]:
-    """How a run or a command ended, if that is told at all. Raises NotLightrun."""
+def _sound(event: dict[str, Any]) -> dict[str, Any]:
+    """How a run or a command ended, if its last event tells that at all. Raises NotLightrun."""
+    state = event.get("run", event.get("exec"))
     if not isinstance(state, dict) or not isinstance(state.get("reason"), str) or state.get("exitCode", 0) not in range(256):
         raise NotLightrun
     return state
@@ -9251,7 +9160,6 @@ class RemoteRun:
         self._client, self.id = client, run_id
         self._path = f"/runs/{run_id}"
         self.received = Received()
-        self._final: dict[str, Any] | None = None
 
     def events(self, follow: bool = True) -> Iterator[dict[str, Any]]:
         """The run's events, from where the last call left off; `log` has `stream` and `data`, its bytes. A connection that breaks
@@ -9260,28 +9168,18 @@ class RemoteRun:
         while True:
             query = urllib.parse.urlencode({"encoding": "base64", "follow": str(follow).lower(), **self.received.taken})
             began = time.monotonic()
-            self.received.connected()
             try:
-                for index, event in enumerate(self._client._events("GET", f"{self._path}/events?{query}")):
-                    kind = event["event"]
-                    if kind == "finished":
-                        self._final = event["run"] = _sound(event.get("run"))
-                    if kind == "gap" and index > 1:  # before, it only says that the beginning is not kept
-                        self.received.complete = False
-                    if kind != "log" or self.received.take(event):
-                        yield event
-                    if kind == "log" or time.monotonic() - began > CONNECT_SECONDS:
-                        patience.reset()
+                for event in self.received.new(self._client._events("GET", f"{self._path}/events?{query}"), first=2):
+                    yield event
+                    if event["event"] == "log" or time.monotonic() - began > CONNECT_SECONDS:
+                        patience = _Patience()  # it has brought something on
                 return
             except (ConnectionLost, ApiError) as error:
                 patience.bear(error)
 
     def wait(self, on_output: Callable[[str, bytes], None] | None = None) -> Outcome:
         """Follow it to its end."""
-        output = _Output(on_output)
-        for event in self.events():
-            output.take(event)
-        return output.outcome(_sound(self._final), self.received.complete, self)
+        return Outcome.of(self.events(), self.received, on_output, self)
 
     def state(self, wait: int = 0) -> dict[str, Any]:
         """Its state, as `GET /runs/<id>`; after at most `wait` ms, or when it has ended."""
@@ -9353,6 +9251,18 @@ class Outcome:
     complete: bool
     run: RemoteRun | None = None  # to read or save artifacts
 
+    @classmethod
+    def of(
+        cls, events: Iterable[dict[str, Any]], received: Received, tell: Callable[[str, bytes], None] | None,
+        run: RemoteRun | None = None,
+    ) -> Outcome:  # fmt: skip
+        """What events come to, whose bytes are kept, or told to whoever wants them."""
+        kept, event = {stream: bytearray() for stream in STREAMS.values()}, dict[str, Any]()
+        for event in events:
+            if event["event"] == "log":
+                (tell or (lambda stream, data: kept[stream].extend(data)))(event["stream"], event["data"])
+        return cls(_sound(event), bytes(kept["stdout"]), bytes(kept["stderr"]), received.complete, run)
+
     @property
     def exit_code(self) -> int | None:
         """Of the program; None when it did not run to an end."""
@@ -9372,23 +9282,6 @@ class Outcome:
     def usage(self) -> dict[str, int]:
         """What the run used, as far as that can be had."""
         return dict(self.state.get("usage", {}))
-
-
-class _Output:
-    """Collects the bytes of log events, or hands them on."""
-
-    def __init__(self, tell: Callable[[str, bytes], None] | None) -> None:
-        self._kept = {stream: bytearray() for stream in STREAMS.values()}
-        self._tell = tell or (lambda stream, data: self._kept[stream].extend(data))
-
-    def take(self, event: dict[str, Any]) -> None:
-        """One event of any kind."""
-        if event["event"] == "log":
-            self._tell(event["stream"], event["data"])
-
-    def outcome(self, state: dict[str, Any], complete: bool, run: RemoteRun | None = None) -> Outcome:
-        """With how it ended."""
-        return Outcome(state, bytes(self._kept["stdout"]), bytes(self._kept["stderr"]), complete, run)
 
 
 def _packed_json(request: dict[str, Any]) -> bytes:
@@ -9632,21 +9525,17 @@ def variable_of(name: str) -> str:
     return "LIGHT_RUN_" + name.upper()
 
 
-def token_in(path: Path) -> str:
-    """The first token of a file of them. Raises UsageError."""
+def token_of(token: str | None, path: str | None) -> str | None:
+    """The token that is given, else the first of the file that is. Raises UsageError."""
+    if token or not path:
+        return token
     try:
-        first = next(line for line in small_file(path).decode().splitlines() if line.strip())
-    except StopIteration as error:
-        raise UsageError(f"{path}: holds no token") from error
-    except (OSError, UnicodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', 'not UTF-8')}") from error
-    return Token.parse(first, str(path)).text
-
-
-def default_token(environment: Mapping[str, str]) -> str | None:
-    """The token that the environment names. Raises UsageError."""
-    token, path = (environment.get(variable_of(name)) for name in ("token", "token_file"))
-    return token or (token_in(Path(path).expanduser()) if path else None)
+        lines = small_file(_path(path)).decode().splitlines()
+    except (OSError, ValueError) as error:  # a home that is not known, what is not UTF-8
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if not (first := next(filter(str.strip, lines), "")):
+        raise UsageError(f"{path}: holds no token")
+    return Token.parse(first, path).text
 
 
 # -- options, of which those of a request come from its table
@@ -9820,17 +9709,7 @@ def _add_cp(parser: argparse.ArgumentParser) -> None:
 def say(text: str) -> None:
     """A line of lightrun's own on standard error."""
     with contextlib.suppress(OSError):
-        _write(2, f"lightrun: {''.join(each if each.isprintable() else '?' for each in text)}\n".encode(errors="replace"))
-
-
-def _write(descriptor: int, data: bytes | memoryview) -> None:
-    """All of it, to a pipe that was made not to block as well. Raises OSError."""
-    data = memoryview(data)
-    while data:
-        try:
-            data = data[os.write(descriptor, data) :]
-        except BlockingIOError:
-            select.select([], [descriptor], [])
+        write_whole(2, f"lightrun: {''.join(each if each.isprintable() else '?' for each in text)}\n".encode(errors="replace"))
 
 
 class Terminal:
@@ -9842,13 +9721,13 @@ class Terminal:
     def output(self, stream: str, data: bytes) -> None:
         """Bytes of a stream. Raises OSError."""
         self.progress("")
-        _write(1 if stream == "stdout" else 2, data)
+        write_whole(1 if stream == "stdout" else 2, data)
 
     def progress(self, text: str) -> None:
         """Replace the line; with nothing, remove it."""
         if self._shows and (text or self._line):
             width = (os.get_terminal_size(2).columns or 80) - 1
-            _write(2, b"\r\x1b[K" + printable(text)[:width].encode(errors="replace"))
+            write_whole(2, b"\r\x1b[K" + printable(text)[:width].encode(errors="replace"))
             self._line = bool(text)
 
     def tell(self, event: dict[str, Any]) -> None:
@@ -9912,11 +9791,17 @@ def _standard_input(options: Mapping[str, Any]) -> bytes | None:
     """All of it, if it is to be sent. Raises UsageError."""
     if not options["interactive"]:
         return None
-    with open(0, "rb", closefd=False) as file:
-        data = file.read(MAX_STDIN_BYTES + 1)
-    if len(data) > MAX_STDIN_BYTES:
-        raise UsageError(f"standard input has more than {MAX_STDIN_BYTES} bytes; put it into a file and send that with --file")
-    return data
+    data = bytearray()
+    while len(data) <= MAX_STDIN_BYTES:
+        try:
+            piece = os.read(0, COPY_BYTES)
+        except BlockingIOError:  # another process has made it so
+            select.select([0], [], [])
+            continue
+        if not piece:
+            return bytes(data)
+        data += piece
+    raise UsageError(f"standard input has more than {MAX_STDIN_BYTES} bytes; put it into a file and send that with --file")
 
 
 def _named(error: ApiError) -> ApiError:
@@ -10128,15 +10013,9 @@ class Command:
     help: str
     usage: str = ""  # of one that has a COMMAND behind --, and that program's exit code
 
-    @property
-    def failure(self) -> int:
-        """Its exit code for what goes wrong by itself."""
-        return OWN_FAILURE if self.usage else 1
-
-    @property
-    def misuse(self) -> int:
-        """Its exit code for a wrong command line."""
-        return OWN_FAILURE if self.usage else 2
+    def failing(self, code: int) -> int:
+        """Its exit code for what is this one with others: 1 for what goes wrong by itself, 2 for a wrong command line."""
+        return OWN_FAILURE if self.usage else code
 
 
 COMMANDS = {
@@ -10155,19 +10034,24 @@ def client_main(name: str, options: dict[str, Any], behind: Sequence[str]) -> in
     """A command of the client; its exit code."""
     command, signals = COMMANDS[name], Signals()
     try:
-        token = options["token"] or (token_in(Path(options["token_file"]).expanduser()) if options["token_file"] else None)
-        code = command.does(Client(options["url"], token), options, behind, signals)
+        client = Client(options["url"], token_of(options["token"], options["token_file"]))
+        code = command.does(client, options, behind, signals)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # nothing is to be flushed there when Python ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return PIPE_CLOSED
+    except BrokenPipeError:
+        code, why = PIPE_CLOSED, ""
     except UsageError as error:
-        code, why = command.misuse, str(error)
+        code, why = command.failing(2), str(error)
     except (LightrunError, OSError) as error:
-        code, why = command.failure, _sentence(error)
+        code, why = command.failing(1), _sentence(error)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:  # of what a daemon said
-        code, why = command.failure, str(NotLightrun(f"{type(error).__name__}: {error}"))
+        code, why = command.failing(1), str(NotLightrun(f"{type(error).__name__}: {error}"))
+    try:
+        sys.stdout.flush()
+    except OSError:  # nothing is to be flushed there when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not why:
+        return code
     say(why)
     return 128 + signals.number if signals.number else code
 
@@ -10205,7 +10089,7 @@ def _parser() -> _Parser:
         about = f"{command.help[0].upper()}{command.help[1:]}, on a lightrun daemon."
         client = commands.add_parser(name, help=command.help, description=about, allow_abbrev=False)
         assert isinstance(client, _Parser)
-        client.misuse = command.misuse
+        client.misuse = command.failing(2)
         if command.usage:
             client.usage = f"lightrun {name} [options] {command.usage}"
         command.add(client)
@@ -10220,7 +10104,7 @@ def _parsed(argv: Sequence[str]) -> tuple[dict[str, Any], Sequence[str]]:
     options, more = parser.parse_known_args(argv[:at])
     command = COMMANDS.get(options.command)
     if command:
-        parser.misuse = command.misuse
+        parser.misuse = command.failing(2)
     if more and command and command.usage:
         parser.error(f"what to do with {more[0]}? The command stands behind --: lightrun {options.command} {command.usage}")
     if more or (at < len(argv) and not (command and command.usage)):
@@ -10309,14 +10193,9 @@ def main(argv: list[str] | None = None) -> int:
         return client_main(options.pop("command"), options, behind)
     try:
         return serve(read_settings(options, os.environ))
-    except LightrunError as error:
-        code, why = 2 if isinstance(error, UsageError) else 1, str(error)
-    except OSError as error:
-        code, why = 1, _sentence(error)
-    except RuntimeError as error:  # a limit of threads
-        code, why = 1, str(error)
-    print(f"lightrun: {why}", file=sys.stderr)
-    return code
+    except (LightrunError, OSError, RuntimeError) as error:  # the last for a limit of threads
+        print(f"lightrun: {_sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
 
 
 if __name__ == "__main__":

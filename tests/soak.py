@@ -58,7 +58,7 @@ STEPS = (
 )  # fmt: skip
 WARM_STEPS = (
     "Pools.take", "Pools.hand_out", "Pools.forget", "Runner._hand_out", "Runner._became", "Runner._has_become",
-    "Runner._take_back", "Store.take_back", "Slots.vacate", "Engine.attach_whole",
+    "Runner._take_back", "Store.take_back", "Slots.vacate", "Engine.attach",
     "Engine.start", "Engine.inspect", "Engine.kept_output", "Store.begin", "Store.finish", "Runner._watch", "Runner._record",
 )  # fmt: skip
 OUTSTANDING, WARM_OUTSTANDING = 10, 3  # runs on their way at a time
