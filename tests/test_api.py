@@ -193,6 +193,7 @@ def test_text_files_are_utf8(api: Daemon) -> None:
     assert logs(api, state["id"]) == "é\r\n\t".encode()
 
 
+@pytest.mark.long
 def test_ten_thousand_files(api: Daemon) -> None:
     files = {f"{number % 100}/{number}": str(number) for number in range(10_000)}
     assert api.run(files=files, entrypoint="find . -type f | wc -l; cat 42/4242")["logs"] == ["10000", "4242"]

@@ -760,6 +760,7 @@ def test_a_signal_ends_a_command_that_waits(start: Start, shared: Daemon, argume
     shared.wait(run)
 
 
+@pytest.mark.long
 def test_what_is_ignored_stays_ignored(start: Start, sandbox: str) -> None:
     """As under nohup."""
     ignoring: Any = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
@@ -1098,6 +1099,7 @@ def main_here(*arguments: str) -> int:
         return int(str(end.code))
 
 
+@pytest.mark.long
 def test_odd_input_is_one_line(
     command: Command, shared: Daemon, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1240,6 +1242,7 @@ def test_exec_by_the_library(client: lightrun.Client, sandbox: str) -> None:
         client.exec(sandbox, [])
 
 
+@pytest.mark.long
 def test_the_import_is_light(built: Path, tmp_path: Path) -> None:
     path = f"import sys, time; sys.path.insert(0, {str(built)!r}); began = time.process_time(); import lightrun; "
     script = path + f"print(time.process_time() - began, *{{name.split('.')[0] for name in sys.modules}} & {HEAVY})"

@@ -307,7 +307,7 @@ def test_a_run_without_idle(shared: Daemon, sandbox: Sandbox) -> None:
         state = execute(shared, run, "sleep 101 & setsid sleep 102 >/dev/null 2>&1 & sleep 103", timeout=500)
         assert (state["reason"], state["exitCode"]) == ("timeout", 137)
         assert sorted(processes(shared, run)) == ["sleep 1000", "sleep 102"]
-        for _ in range(5):
+        for _ in range(2):
             state = execute(shared, run, "sleep 60", timeout=1)
             assert (state["reason"], state["exitCode"]) == ("timeout", 137)
         state = execute(shared, run, ["nosuch"])
@@ -637,6 +637,7 @@ def test_idle_ends_a_run(shared: Daemon) -> None:
     assert state["error"] == "ended after 1500 ms in which nothing was run in it"
 
 
+@pytest.mark.long
 def test_idle_of_a_run_with_a_program(shared: Daemon) -> None:
     """Its own program counts for nothing; one that hears SIGTERM has a moment."""
     state = shared.wait(shared.detach(idle=1000, entrypoint="trap 'echo bye; exit 9' TERM; while :; do sleep 0.1; done"))

@@ -32,7 +32,7 @@ from faults import Proxy
 from images import Registry, remove_image
 
 SEED = int(os.environ.get("LIGHTRUN_FAULT_SEED", "0"))
-CELLS = int(os.environ.get("LIGHTRUN_FAULT_CELLS", "6"))
+CELLS = int(os.environ.get("LIGHTRUN_FAULT_CELLS", "4"))
 Proxied = Callable[..., tuple[Daemon, Proxy]]
 NDJSON = {"Accept": "application/x-ndjson"}
 END_SECONDS = 20.0  # for what has to notice a fault first
@@ -83,6 +83,7 @@ def test_sample_of_the_matrix(engine: docker.APIClient) -> None:
     assert not failures, "\n".join(sorted(failures))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("tcp", [False, pytest.param(True, marks=pytest.mark.long)], ids=["unix", "tcp"])
 def test_the_proxy_injects_what_it_says(engine: docker.APIClient, tcp: bool) -> None:
     proxy = Proxy(tcp)

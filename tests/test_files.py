@@ -304,6 +304,7 @@ def test_what_is_referred_to_cannot_go_before_the_start(daemon: DaemonFactory) -
     assert eventually(lambda: lightrun.request("DELETE", f"/runs/{source}").status in {204, 404})
 
 
+@pytest.mark.long
 def test_eviction_passes_over_what_is_referred_to(daemon: DaemonFactory) -> None:
     lightrun = daemon("--max-concurrent", "2", "--keep", "1")
     source = lightrun.run(entrypoint="echo kept > f", extract=["f"])["id"]

@@ -371,6 +371,7 @@ def test_a_pipeline_ends_with_the_first_broken_request(lightrun_open: Daemon) ->
     assert statuses(received) == [200, 200, 400]
 
 
+@pytest.mark.long
 def test_pipelined_runs_all_run(lightrun_open: Daemon) -> None:
     body = json.dumps({"image": IMAGE, "entrypoint": "true", "network": "none", "detached": True}).encode()
     received = everything(lightrun_open, post(body, b"Content-Length: %d" % len(body)) * 3, quiet=3)

@@ -326,6 +326,7 @@ def test_gvisor_files_go_in_and_come_out(gvisor: Daemon) -> None:
     assert {name: (kept / name).read_text() for name in content} == content
 
 
+@pytest.mark.long
 def test_gvisor_ends(gvisor: Daemon) -> None:
     assert outcome(gvisor.run(entrypoint="exit 3")) == ("failed", "exited", 3)
     assert outcome(gvisor.run(entrypoint=["no-such-program"])) == ("failed", "exited", 127)

@@ -313,6 +313,7 @@ def is_fed(daemon: Daemon, run: str) -> bool:
         return bool(database.execute("SELECT fed FROM runs WHERE id = ?", [run]).fetchone()[0])
 
 
+@pytest.mark.long
 def test_a_daemon_that_is_killed(daemon: DaemonFactory, receiver: Receiver, locked: Registry, tmp_path: Path) -> None:
     """Once with a run that is running, one that waits for its place, and a callback that is owed; then when all is done."""
     lightrun = guarded(daemon, locked, tmp_path, "--log-format", "json", "--max-concurrent", "1")

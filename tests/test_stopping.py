@@ -380,6 +380,7 @@ def chatter(daemon: Daemon, count: int) -> None:
             assert connection.getresponse().read()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nonblocking", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_log_that_nobody_reads_stops_nothing(daemon: DaemonFactory, nonblocking: bool) -> None:
     lightrun = daemon("--log-format", "json", start=False)

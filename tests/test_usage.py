@@ -154,6 +154,7 @@ def test_runs_that_are_killed_have_it_too(metered: Daemon) -> None:
     assert "cpuMs" in metered.wait(run)["usage"]
 
 
+@pytest.mark.long
 def test_an_adopted_run_is_counted_from_its_start(daemon: DaemonFactory) -> None:
     daemon_ = daemon()
     run = daemon_.detach(entrypoint=BURN_ONE % (400) + "; sleep 3; " + BURN_ONE % (800))

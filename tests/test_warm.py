@@ -610,6 +610,7 @@ def test_folders_that_cannot_be_made(daemon: DaemonFactory) -> None:
     assert full["reason"] in {"exited", "start_failed"}
 
 
+@pytest.mark.long
 def test_many_at_once(daemon: DaemonFactory, receiver: Receiver) -> None:
     """More runs than warm containers, some that leave: each has its own output."""
     lightrun_ = daemon("--warm", f"{IMAGE}=3/none", "--max-concurrent", "4")

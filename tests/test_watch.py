@@ -931,7 +931,7 @@ def test_a_key_goes_with_its_run(lightrun_tcp: Daemon, key: str) -> None:
     assert (second["id"] != first, second["exitCode"]) == (True, 1)
 
 
-@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+@pytest.mark.parametrize("accept", ["application/json", *longer("application/x-ndjson")])
 def test_a_run_with_a_key_outlives_its_clients(lightrun_tcp: Daemon, key: str, accept: str) -> None:
     body, before = request_body("echo ready; sleep 2; echo done"), running(lightrun_tcp)
     content = json.dumps(body)
