@@ -6,6 +6,7 @@ import base64
 import json
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightrun import (
+    MAX_PROBLEMS,
     BadRequest,
     NotAllowed,
     RunRequest,
@@ -236,6 +238,7 @@ def test_bad_file_content_is_named(content: Any) -> None:
         ({"extract": ["a", ""]}, ["extract", 1]),
         ({"extract": ["x" * 1025]}, ["extract", 0]),
         ({"extract": ["a/../b"]}, ["extract", 0]),
+        ({"extract": [{"from": "a", "to": "/".join(["日" * 85] * 5)}]}, ["extract", 0, "to"]),  # 429 characters, 1,279 bytes
         ({"extract": [".."]}, ["extract", 0]),
         ({"extract": ["/.."]}, ["extract", 0]),
         ({"extract": [1]}, ["extract", 0]),
@@ -297,6 +300,18 @@ def test_numbers_of_an_input_are_passed_on_as_written(text: str, written: str | 
     assert RunRequest.parse(raw, SETTINGS).stdin == (written or text).encode()
 
 
+@pytest.mark.parametrize(
+    ("field", "attribute", "text", "number"),
+    [("fileSize", "file_size", "0.0", 0), ("fileSize", "file_size", "-0.0", 0), ("outputLimit", "output_limit", "1e3", 1000)],
+)  # fmt: skip
+def test_a_whole_number_of_bytes_is_an_integer_however_it_is_written(
+    field: str, attribute: str, text: str, number: int
+) -> None:
+    """An engine refuses a float."""
+    value = getattr(RunRequest.parse(f'{{"image": "x", "{field}": {text}}}'.encode(), SETTINGS), attribute)
+    assert (type(value), value) == (int, number)
+
+
 def test_stdin_may_be_bytes() -> None:
     assert parse(stdin={"base64": "AP8="}).stdin == b"\0\xff"
     assert refused_paths(stdin={"base64": "A"}) == [["stdin", "base64"]]
@@ -317,6 +332,17 @@ def test_every_problem_is_told_at_once() -> None:
     paths = refused_paths(**fields)
     for path in (["image"], ["files", "../x"], ["files", "y"], ["timeout"], ["nope"], ["stdin"]):
         assert path in paths
+
+
+@pytest.mark.parametrize(("field", "value"), [("setup", b"1"), ("input", b'"\\u0000"')])
+def test_more_problems_than_are_told_are_not_even_looked_for(field: str, value: bytes) -> None:
+    raw = b'{"image": "a", "%b": [%b]}' % (field.encode(), b",".join([value] * (100_000 // len(value))))
+    tracemalloc.start()
+    try:
+        assert len(refusal(raw)) == MAX_PROBLEMS
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(raw)
+    finally:
+        tracemalloc.stop()
 
 
 def test_folders_are_bounded_like_files() -> None:
@@ -656,6 +682,7 @@ def test_named_tokens(tmp_path: Path) -> None:
         "a secret max=0", "a secret max=-1", "a secret max=x", "a secret most=1", "a secret max=1 max=2", "a secret more",
         "# secret", "-a secret", "a" * 64 + " secret", "ü secret", "a secret max=", "a secret max=1234567",
         "a secret queue=1,max=1", "a secret\na other max=1", "a secret\nb secret", "secret\nb secret",
+        "secret max=2", "secret queue=1", "secret max=2 queue=1",
     ],
 )  # fmt: skip
 def test_a_bad_line_of_tokens_is_named_and_not_told(tmp_path: Path, line: str) -> None:
