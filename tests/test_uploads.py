@@ -10,8 +10,9 @@ import lzma
 import os
 import random
 import tarfile
+import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,16 @@ def tree(*parts: tuple[str, bytes], request: bytes = RUN, artifacts: Any = None,
     return Tree(RunRequest.parse(request, Settings(), upload=sent), sent, root, artifacts or none)
 
 
+def fastest(call: Callable[[], Any]) -> float:
+    """The least processor time, in seconds, that a call takes."""
+    times = []
+    for _ in range(5):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return min(times)
+
+
 # ---------------------------------------------------------------- multipart/form-data
 
 
@@ -128,6 +139,10 @@ def test_bytes_of_any_kind_are_a_form_or_a_400(noise: bytes, at: int) -> None:
         (form(("run", RUN)), "multipart/form-data", "no boundary"),
         (form(("run", RUN)), "multipart/form-data; boundary=" + "x" * 71, "no boundary"),
         (form(("run", RUN)), "multipart/form-data; boundary=other", "cut short"),
+        (form(("run", RUN), boundary="x"), "multipart/form-data; boundary=x; a*0=1; a*=2", "not what its Content-Type says"),
+        (form(("run", RUN), boundary="x"), "multipart/form-data; boundary=x" + "; a=1" * 101, "too many parameters"),
+        (form(("run", RUN)).replace(b'"x"', b'"x"; a*0=1; a*=2'), TYPE, "not what its Content-Type says"),
+        (form(("run", RUN)).replace(b'"x"', b'"x"' + b"; a=1" * 101), TYPE, "too many parameters"),
         (b"preamble" + form(("run", RUN)), TYPE, "does not begin with its boundary"),
         (form(("run", RUN)) + b"epilogue", TYPE, "follows its last boundary"),
         (form(("run", RUN)).replace(b'name="run"; ', b""), TYPE, "has no name"),
@@ -189,6 +204,14 @@ def test_a_large_part_is_not_held_in_memory(tmp_path: Path) -> None:
     assert peak < 4 << 20
 
 
+def test_a_body_full_of_what_is_almost_its_boundary_takes_time_as_its_size() -> None:
+    def took(count: int) -> float:
+        body = form(("run", RUN), ("x", b"\r\n--X." * count), boundary="X")
+        return fastest(lambda: Upload.parse(io.BytesIO(body), "multipart/form-data; boundary=X"))
+
+    assert took(40_000) < 8 * took(10_000)
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("../x", "relative path"), ("/etc/passwd", "relative path"), ("a//b", "relative path"), ("a\\b", "relative path"),
@@ -243,6 +266,10 @@ def sparse() -> Any:
         ([member("l", kind=tarfile.SYMTYPE, target="d"), member("l/x")], "l/x", "not a folder"),
         ([member("x" * 256)], "x" * 20, "255"),
         ([member("/".join(["d" * 200] * 21))], "d" * 20, "4000 bytes"),
+        ([member(".")], ".", "workdir itself"),
+        ([member("./")], "./", "workdir itself"),
+        ([member("./", kind=tarfile.SYMTYPE, target="x")], "./", "workdir itself"),
+        ([member("./.", kind=tarfile.LNKTYPE, target="fine")], "./.", "workdir itself"),
     ],
 )
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -312,6 +339,30 @@ def test_a_header_that_says_it_is_huge_is_not_read() -> None:
     assert "not a tar" in message(refusal)
 
 
+def attributes(kind: bytes, content: bytes) -> bytes:
+    """A tar of one file, under attributes of this kind."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(content)
+    return info.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE) + tar(member("a"))
+
+
+def test_a_header_of_digits_only_is_refused_at_once() -> None:
+    """CVE-2024-6232: an older tarfile takes time with the square of it, for the last of these half an hour."""
+    for count in (4096, 1 << 20):
+        with pytest.raises(BadRequest) as refusal:
+            tree(("tar", attributes(tarfile.XHDTYPE, b"1" * count))).check()
+        assert "not a tar" in message(refusal)
+
+
+def test_a_tar_has_few_attributes_of_its_own() -> None:
+    """tarfile copies them all for each member."""
+    few, many = (b"".join(b"12 k%05d=v\n" % number for number in range(count)) for count in (100, 5000))
+    tree(("tar", attributes(tarfile.XGLTYPE, few))).check()
+    with pytest.raises(BadRequest) as refusal:
+        tree(("tar", attributes(tarfile.XGLTYPE, many))).check()
+    assert "not a tar" in message(refusal)
+
+
 def test_what_a_tar_says_is_kept() -> None:
     members = [member("./", kind=tarfile.DIRTYPE, mode=0o750), member("./a", b"A", mode=0o6755), member("b\udcff", b"B"),
                member("e", kind=tarfile.DIRTYPE, mode=0o700), member("h", kind=tarfile.LNKTYPE, target="./a"),
@@ -335,6 +386,20 @@ def test_a_tree_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     tree(("tar", tar(*(member(f"f{n}") for n in range(50))))).check()
     for deep in (False, True):
         assert "more than 50" in refused(*(member(f"{n}/f" if deep else f"f{n}") for n in range(60 if not deep else 30)))
+
+
+def test_the_names_of_a_tree_have_a_bound_with_all_their_folders() -> None:
+    """Each of these has four megabytes of them."""
+    deep = [member(f"{number}/" + "d/" * 1990 + "f") for number in range(12)]
+    tree(("tar", tar(*deep[:2]))).check()
+    assert "bytes of names" in refused(*deep)
+
+
+def test_links_that_take_too_long_to_follow_are_refused() -> None:
+    """Though they lead through no other link: each takes two million steps."""
+    links = [member(f"l{number}", kind=tarfile.SYMTYPE, target="d/" * 1990 + "f") for number in range(8)]
+    tree(("tar", tar(*links[:3]))).check()
+    assert "leads out" in refused(*links)
 
 
 # ---------------------------------------------------------------- References
@@ -361,6 +426,41 @@ def referring(request: dict[str, Any], root: Path = Path("/nowhere")) -> Tree:
 def shown(entries: Iterator[Entry]) -> dict[str, tuple[bytes, int]]:
     """Kinds and modes by path."""
     return {entry.path: (entry.kind, entry.mode) for entry in entries}
+
+
+def test_references_take_no_names_beside_their_own() -> None:
+    """Names that sort around a folder and what is in it, in the order in which they were kept."""
+    names = ["a0", "ab", "a-b", "a/b", "a/c/d", "a.b", "a", "a/c", "b", "A"]
+    folders = {"a", "a/c"}
+    artifacts = [{"path": name, "bytes": 0, "type": "directory" if name in folders else "file"} for name in names]
+
+    def found(path: str) -> set[str]:
+        request = {"image": "busybox", "files": {"x": {"artifact": f"{UUID}/{path}"}}}
+        sent = tree(request=json.dumps(request).encode(), artifacts=lambda _: artifacts)
+        sent.check()
+        return set(shown(sent.entries()))
+
+    assert found("") == {"x", *(f"x/{name}" for name in names)}
+    assert found("a") == {"x", "x/b", "x/c", "x/c/d"}
+    assert found("a/c") == {"x", "x/d"}
+    for name in set(names) - folders:
+        assert found(name) == {"x"}
+    for name in ("a/bb", "a/b/c", "c", "0", "a-", "a/c/d/e"):
+        with pytest.raises(BadRequest):
+            found(name)
+
+
+def test_many_references_to_a_run_ask_for_its_artifacts_once() -> None:
+    asked, others = list[str](), UUID.replace("1", "2")
+
+    def artifacts(run_id: str) -> list[dict[str, Any]]:
+        asked.append(run_id)
+        return [{"path": str(number), "bytes": 0, "type": "file"} for number in range(3000)]
+
+    files = {f"f{number}": {"artifact": f"{(UUID, others)[number % 2]}/{number}"} for number in range(3000)}
+    sent = tree(request=json.dumps({"image": "busybox", "files": files}).encode(), artifacts=artifacts)
+    assert set(shown(sent.entries())) == files.keys()
+    assert sorted(asked) == [UUID, others]
 
 
 def test_a_reference_stands_for_a_file_a_folder_or_all(tmp_path: Path) -> None:
