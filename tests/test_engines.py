@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import lightrun
 import matrix
 from engine import EngineApi, EngineError, ensure_image
-from lightrun import LABEL_RUN, LABEL_STATE, Image, Traits, container_environment
+from lightrun import LABEL_RUN, LABEL_STATE, Engine, EngineAbsent, Image, Settings, Traits, container_environment
 from matrix import ENGINE_HEAD, KINDS, HousedEngine, Row
 from smoke import COUNT, Lightrun, eventually, smoke
+from test_client import Liar, answers
 
 DOCKER = {"Plugins": {"Log": ["awslogs", "json-file", "local"]}}
+INFO = b'{"Architecture": "x86_64", "NCPU": 2}'
 PODMAN = {"BuildahVersion": "1.39.3", "Plugins": {"Log": ["k8s-file", "none", "passthrough", "journald"]}}
 
 
@@ -71,6 +74,56 @@ def test_rows_of_the_table_are_replaced_by_name(tmp_path: Path, monkeypatch: pyt
     readme.write_text("no table\n")
     with pytest.raises(EngineError):
         matrix.write("engines", ENGINE_HEAD, [first.cells])
+
+
+# ---------------------------------------------------------------- Answers that no engine gives, or another one
+
+
+def version(api: str) -> bytes:
+    """What an engine of this API version says of it."""
+    return answers(json.dumps({"Version": "x", "ApiVersion": api}).encode())
+
+
+@pytest.fixture
+def lies() -> dict[str, bytes]:
+    """What the engine answers, by the first line of a request."""
+    return {"GET /version": version("1.41")}
+
+
+@pytest.fixture
+def liar(lies: dict[str, bytes]) -> Iterator[Engine]:
+    """The engine that does so."""
+    with contextlib.closing(Liar(lies)) as lying:
+        yield Engine(Settings(docker_host=lying.url.replace("http", "tcp")), "")
+
+
+def test_an_engine_of_another_version_is_asked_for_it_again(lies: dict[str, bytes], liar: Engine) -> None:
+    """It was exchanged under a daemon that goes on, for one that is older."""
+    refusal = json.dumps({"message": "client version 1.51 is too new. Maximum supported API version is 1.41"}).encode()
+    lies |= {"GET /version": version("1.51"), "GET /v1.51": answers(refusal, b"400 Bad Request"), "GET /v1.41": answers(INFO)}
+    assert liar.version()["apiVersion"] == "1.51"
+    lies["GET /version"] = version("1.41")
+    with pytest.raises(EngineAbsent):
+        liar.about()
+    assert liar.about() == json.loads(INFO)
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"Running": true, "ExitCode": null, "Pid": 1e999, "ContainerID": "x"}'], ids=["deep", "infinite"]
+)
+def test_an_answer_that_cannot_be_understood_is_none(lies: dict[str, bytes], liar: Engine, body: bytes) -> None:
+    lies["GET /v1.41/exec/x"] = answers(body)
+    with pytest.raises(EngineAbsent):
+        liar.command("x")
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"x": 1}'])
+def test_what_is_no_description_of_an_engine_is_not_remembered(lies: dict[str, bytes], liar: Engine, body: bytes) -> None:
+    lies["GET /v1.41/info"] = answers(body)
+    with pytest.raises(EngineAbsent):
+        liar.about()
+    lies["GET /v1.41/info"] = answers(INFO)
+    assert liar.about() == json.loads(INFO)
 
 
 # ---------------------------------------------------------------- Podman itself: minutes, and debootstrap at the first time

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import http.client
 import itertools
 import json
 import os
 import socket
+import ssl
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -26,7 +30,7 @@ from hypothesis import strategies as st
 
 import faults
 import lightrun as lightrun_module
-from conftest import Daemon, DaemonFactory, eventually, longer
+from conftest import Daemon, DaemonFactory, certify_localhost, eventually, longer
 from engine import IMAGE, EngineApi, UnixConnection
 from faults import Proxy
 from images import Registry, remove_image
@@ -272,6 +276,42 @@ def test_chunks_are_read_however_they_come(body: list[bytes], cuts: list[int], w
             assert not whole
     sender.join()
     assert got == b"".join(body)
+
+
+def test_half_of_a_tls_record_is_no_silence(tmp_path: Path) -> None:
+    certify_localhost(tmp_path)
+    theirs, ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=str(tmp_path / "cert"))
+    theirs.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    near, far = socket.socketpair()
+    sent, received = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = theirs.wrap_bio(received, sent, server_side=True)
+
+    def shake_hands() -> None:
+        while True:
+            with contextlib.suppress(ssl.SSLWantReadError):
+                server.do_handshake()
+                return far.sendall(sent.read())
+            far.sendall(sent.read())
+            received.write(far.recv(65536))
+
+    def send(*pieces: bytes) -> None:
+        for piece in pieces:
+            far.sendall(piece)
+            assert eventually(lambda: not fcntl.ioctl(far, termios.TIOCOUTQ, bytes(4)).strip(b"\0"))  # it was read
+
+    with far, contextlib.closing(lightrun_module.Wire(near, 10)) as wire, ThreadPoolExecutor() as pool:
+        shaking = pool.submit(shake_hands)
+        wire.secure(ours, "localhost")
+        shaking.result()
+        server.write(b"whole")
+        record = sent.read()
+        sending = pool.submit(send, record[:3], record[3:10], record[10:])
+        assert wire.ready(-1, 10)
+        assert wire.read(5) == b"whole"
+        sending.result()
+        server.write(b"half")
+        far.sendall(sent.read()[:10])
+        assert not wire.ready(-1, 0.01)
 
 
 @pytest.mark.parametrize("busy", [True, *longer(False)])

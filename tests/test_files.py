@@ -92,6 +92,13 @@ def test_a_tar_and_parts_stand_in_the_workdir_as_they_were(lightrun: Daemon) -> 
     ], state  # fmt: skip
 
 
+@pytest.mark.parametrize("name", [b"b\xff", b"d\xff/\xfe"])
+def test_a_name_that_is_not_utf_8_goes_into_a_folder_of_the_image(lightrun: Daemon, name: bytes) -> None:
+    """The engine is asked what the image has at that name."""
+    state = run(lightrun, {"tar": tar(member(os.fsdecode(name), b"odd"))}, workdir="/tmp", entrypoint="cat [bd]* [bd]*/*")
+    assert (state["reason"], "odd" in state["logs"]) == ("exited", True), state
+
+
 def test_what_no_run_can_have_is_a_400_and_no_run(lightrun: Daemon) -> None:
     before = len(lightrun.request("GET", "/runs?limit=1000").json())
     assert "../x" in problems(send(lightrun, {"tar": tar(member("../x"))}, entrypoint="true"))

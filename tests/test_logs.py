@@ -658,6 +658,24 @@ def test_a_copy_that_tells_more_was_missed(tmp_path: Path, copy: Chunks) -> None
     assert log.missed
 
 
+@pytest.mark.parametrize("end", [[], [(1, b"short\n")], [(1, b"short")]])
+def test_a_copy_without_the_newlines_of_long_lines_tells_no_more(end: Chunks) -> None:
+    """As `local` of Docker 20.10 writes it; a copy of that size may be one that has rotated, and is judged by its end."""
+    long = [(1, b"%d" % number + b"x" * 16_384 + b"\n") for number in range(10)]
+    copy = [(stream, line.rstrip(b"\n")) for stream, line in long]
+
+    def missed(copy: Chunks) -> bool:
+        log = fed(framed(long + end), [], 20_000)
+        log.resume()
+        log.feed(framed(copy))
+        log.nudge(ended=True)
+        return log.missed
+
+    assert not missed(copy + end)
+    assert not missed(long + end)
+    assert missed([*copy[:-1], (1, copy[-1][1][:-1] + b"y")])
+
+
 def test_a_copy_that_ends_within_a_frame_is_said() -> None:
     log = Log(1000, NOWHERE)
     log.replace([framed(SAID), framed(NEW)[:-1]])

@@ -199,6 +199,22 @@ def test_queue_and_its_order_survive(daemon: DaemonFactory) -> None:
     assert [run["id"] for run in lightrun.request("GET", "/runs").json()] == runs[::-1]
 
 
+def test_a_queued_run_whose_request_was_spoilt_never_starts(daemon: DaemonFactory) -> None:
+    """Not even with the image's own command."""
+    lightrun = daemon("--max-concurrent", "1")
+    first, queued = lightrun.detach(entrypoint="sleep 60"), lightrun.detach(entrypoint="echo never")
+    started(lightrun, first)
+    lightrun.kill()
+    (lightrun.state_dir / "secrets" / queued).write_bytes(b"spoilt")
+    restart(lightrun)
+    assert lightrun.request("POST", f"/runs/{first}/cancel").status == 204
+    state = lightrun.wait(queued)
+    assert (state["reason"], state["status"], state["logs"]) == ("start_failed", "failed", [])
+    assert "its request is gone" in state["error"]
+    assert "startedAt" not in state
+    assert lightrun.wait(first)["reason"] == "cancelled"
+
+
 def test_run_of_a_waiting_client_is_interrupted(daemon: DaemonFactory, pool: ThreadPoolExecutor) -> None:
     lightrun = daemon("--max-concurrent", "1")
     waiting = client(pool, lightrun, entrypoint="echo here; sleep 30")

@@ -20,6 +20,7 @@ import pytest
 
 from conftest import HELD, Daemon, DaemonFactory, Response, eventually, longer, release
 from engine import IMAGE, engine_host
+from lightrun import Ask, Killing
 from relay import Relay, unix_socket
 
 MIB = 1 << 20
@@ -61,6 +62,18 @@ def terminate(daemon: Daemon) -> None:
     """SIGTERM, which is heard when this returns."""
     daemon.process.terminate()
     assert eventually(lambda: "going down" in daemon.log())
+
+
+def test_a_deadline_far_away_puts_off_no_kill() -> None:
+    """It may become known after a stop: that of a container that was just taken up, or has just started."""
+    killing, asked = Killing(), Ask("stopped", "SIGTERM", 0)
+    assert not killing.due(None)
+    assert killing.due(asked)
+    assert (killing.signal, killing.reason) == ("SIGTERM", "stopped")
+    killing.next(answered=True)
+    killing.by(time.monotonic() + 3600)
+    assert killing.due(asked)
+    assert (killing.signal, killing.reason) == ("SIGKILL", "stopped")
 
 
 # ---------------------------------------------------------------- Who waits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import sqlite3
 import stat
@@ -29,6 +30,7 @@ from lightrun import (
     StartError,
     Store,
     Unavailable,
+    Upload,
     choose_victims,
     parse_timestamp,
     timestamp,
@@ -227,6 +229,20 @@ def test_secrets_are_the_users_own_and_go_with_the_run(store: Store, tmp_path: P
     assert not files[0].exists()
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["in memory", "in a file"])
+def test_an_upload_does_not_stay_without_its_request(store: Store, tmp_path: Path, large: bool) -> None:
+    secrets = tmp_path / "state/secrets"
+    (secrets / "one").mkdir()  # in the way of the request
+    body = secrets / "upload-1"
+    body.write_bytes(b'--x\r\nContent-Disposition: form-data; name="run"\r\n\r\n{}\r\n--x--\r\n')
+    file = body.open("rb") if large else io.BytesIO(body.read_bytes())
+    with file, contextlib.closing(Upload.parse(file, "multipart/form-data; boundary=x")) as upload, pytest.raises(Unavailable):
+        store.add(run_named("one"), request=b"body", upload=upload)
+    assert {path.name for path in secrets.iterdir()} == {"one", "upload-1"}
+    with pytest.raises(NotFound):
+        store.head("one")
+
+
 def test_nothing_of_a_deleted_run_stays_in_the_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
     finished(store, "one", b"a very secret line of a log")
@@ -329,8 +345,9 @@ def test_a_request_is_kept_as_it_was_checked(tmp_path: Path) -> None:
     body = {"image": "alpine", "files": {"é": {"base64": "/wA="}}, "input": {"a": "ü"}, "env": {"A": "é"}, "timeout": 5}
     request = RunRequest.parse(json.dumps({**body, "detached": True}).encode(), Settings())
     assert RunRequest.unpack(request.pack(), "other") == request
-    assert RunRequest.unpack(None, "other").image == "other"
-    assert RunRequest.unpack(b"spoilt", "other").image == "other"
+    for gone in (None, b"spoilt", request.pack()[:-1], b"{}", b"[]", b"null"):
+        spoilt = RunRequest.unpack(gone, "other")
+        assert (spoilt.image, spoilt.reference, spoilt.command) == ("other", "", None)
 
 
 def test_a_cancel_is_not_overridden_by_a_stop(store: Store) -> None:

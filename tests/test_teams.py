@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import ipaddress
 import json
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lightrun
 from conftest import HELD, ROOT, Daemon, DaemonFactory, Receiver, Response, eventually
@@ -433,6 +436,28 @@ def test_who_asks(trusted: tuple[str, ...], forwarded: str | None, remote: str) 
     assert lightrun.remote(on_socket, ()) == "localhost"
     if trusted == ("127.0.0.1",):
         assert lightrun.remote(on_socket, ("unix", *trusted)) == remote.replace("127.0.0.1", "localhost")
+
+
+def test_a_proxy_is_known_on_an_ipv6_socket_too() -> None:
+    """There an IPv4 address is written as one of IPv6."""
+    environ = {"REMOTE_ADDR": "::ffff:10.0.0.1", "HTTP_X_FORWARDED_FOR": "1.2.3.4"}
+    assert lightrun.remote(environ, ("10.0.0.1",)) == "1.2.3.4"
+    assert lightrun.remote(environ, ("10.0.0.2",)) == "10.0.0.1"
+
+
+HOPS = st.ip_addresses().map(str) | st.sampled_from(["10.0.0.1", "127.0.0.1", "::ffff:10.0.0.1", "::1", "localhost", "x", ""])
+
+
+@given(
+    HOPS.filter(bool), st.none() | st.lists(HOPS, max_size=5),
+    st.lists(st.sampled_from(["unix", "10.0.0.0/8", "127.0.0.1", "0.0.0.0/0", "::/0"])),
+)  # fmt: skip
+def test_the_remote_is_who_asks_or_one_that_a_proxy_has_named(address: str, hops: list[str] | None, trusted: list[str]) -> None:
+    environ = {"REMOTE_ADDR": address, **({} if hops is None else {"HTTP_X_FORWARDED_FOR": " , ".join(hops)})}
+    remote, own = lightrun.remote(environ, trusted), address.removeprefix("::ffff:")
+    named = [ipaddress.ip_address(hop) for hop in hops or [] if hop not in {"localhost", "x", ""}]
+    assert remote == own or ipaddress.ip_address(remote) in named
+    assert trusted or remote == own
 
 
 def test_a_trusted_proxy_is_not_the_remote(daemon: DaemonFactory) -> None:

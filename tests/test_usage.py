@@ -9,6 +9,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import docker
 import pytest
 
 import lightrun
-from conftest import HELD, Daemon, DaemonFactory, eventually, release
+from conftest import HELD, ROOT, Daemon, DaemonFactory, eventually, release
 from engine import IMAGE
 from relay import Relay, unix_socket
 
@@ -272,6 +273,18 @@ def test_an_engine_that_does_not_limit_swap(daemon: DaemonFactory, tmp_path: Pat
         lightrun_ = daemon("--docker-host", url)
         assert "the engine does not limit swap" in lightrun_.log()
         lightrun_.stop()
+
+
+@pytest.mark.parametrize(("source", "name"), [("-", b"plain"), ("none", "a\u2028b".encode()), ("none", b"\xff\x85")])
+def test_mounts_of_any_name_hide_no_cgroups(tmp_path: Path, source: str, name: bytes) -> None:
+    """In a mount namespace of its own, which nobody else sees."""
+    folder = tmp_path / os.fsdecode(name)
+    folder.mkdir()
+    script = 'mount -t tmpfs -- "$1" "$2" && exec "$3" -c "import lightrun; print(lightrun.cgroup_mounts())"'
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", source, folder, sys.executable]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"{lightrun.cgroup_mounts()}\n", done.stderr
+    assert lightrun.cgroup_mounts()
 
 
 # ---------------------------------------------------------------- Slots
