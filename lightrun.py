@@ -3848,12 +3848,12 @@ def _credentials(repository: str) -> str | None:
             where = f"docker-credential-{helper}"
             server = docker.auth.INDEX_URL if registry == docker.auth.INDEX_NAME else registry
             told = subprocess.run([where, "get"], input=server.encode(), capture_output=True, timeout=ENGINE_SECONDS)
-            if told.returncode == 0:
-                name, secret = operator.itemgetter("Username", "Secret")(json.loads(told.stdout))
+            if told.returncode and b"credentials not found" not in told.stdout:
+                raise subprocess.CalledProcessError(told.returncode, where)
+            name, secret = ("", "") if told.returncode else operator.itemgetter("Username", "Secret")(json.loads(told.stdout))
+            if name or secret:  # docker-credential-pass says in this way that there are none
                 entry = {"IdentityToken": secret} if name == "<token>" else {"Username": name, "Password": secret}
                 return docker.auth.encode_header({"ServerAddress": server, **entry}).decode()
-            if b"credentials not found" not in told.stdout:
-                raise subprocess.CalledProcessError(told.returncode, where)
             configuration |= {"credsStore": None, "credHelpers": None}
         found = configuration.resolve_authconfig(registry)
         return docker.auth.encode_header(found).decode() if found else None
