@@ -14,12 +14,14 @@ import sqlite3
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import docker
 import pytest
 
+import lightrun
 from conftest import Daemon, DaemonFactory, Response, eventually
 from engine import IMAGE, EngineApi
 from images import Registry
@@ -958,6 +960,39 @@ def test_a_registry_that_wants_a_password(daemon: DaemonFactory, private_registr
     private_registry.write_docker_config(api.home)
     assert api.run(image=image, entrypoint="echo in")["logs"] == ["in"]
     assert private_registry.password not in api.log()
+
+
+MINE, OTHERS = {"Username": "me", "Password": "s"}, {"username": "other", "password": "o"}
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("""echo '{"Username": "me", "Secret": "s"}'""", MINE),
+        ("""echo '{"Username": "<token>", "Secret": "s"}'""", {"IdentityToken": "s"}),
+        ("echo credentials not found in native keychain; exit 1", OTHERS), ("""echo '{"Username": "", "Secret": ""}'""", OTHERS),
+        ("echo locked; exit 1", {}), ("echo nonsense", {}), ("""sleep 2; echo '{"Username": "me", "Secret": "s"}'""", {}),
+    ],
+    ids=["good", "token", "not found", "empty", "failed", "nonsense", "hung"],
+)  # fmt: skip
+def test_the_credentials_of_a_helper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, script: str, told: dict[str, str]
+) -> None:
+    """Where it has none, those of the file; where it fails, or takes too long, none, and the log says whose fault it is."""
+    helper = tmp_path / "docker-credential-test"
+    helper.write_text(f"#!/bin/sh\n{script}\n")
+    helper.chmod(0o755)
+    auths = {"registry.test": {"auth": base64.b64encode(b"other:o").decode()}}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": auths, "credsStore": "test"}))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if "sleep" in script:
+        monkeypatch.setattr(lightrun, "ENGINE_SECONDS", 0.3)
+    header = lightrun._credentials("registry.test/some/tool")
+    found = json.loads(base64.urlsafe_b64decode(header)) if header else {}
+    assert found.items() >= told.items()
+    assert bool(found) == bool(told) == (helper.name not in caplog.text)
+    assert len(caplog.records) == (not told)
 
 
 def test_pull_never(daemon: DaemonFactory, registry: Registry) -> None:

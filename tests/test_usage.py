@@ -281,7 +281,7 @@ def test_mounts_of_any_name_hide_no_cgroups(tmp_path: Path, source: str, name: b
     folder = tmp_path / os.fsdecode(name)
     folder.mkdir()
     script = 'mount -t tmpfs -- "$1" "$2" && exec "$3" -c "import lightrun; print(lightrun.cgroup_mounts())"'
-    command = ["unshare", "--mount", "sh", "-c", script, "sh", source, folder, sys.executable]
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", source, str(folder), sys.executable]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == f"{lightrun.cgroup_mounts()}\n", done.stderr
     assert lightrun.cgroup_mounts()
