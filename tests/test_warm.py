@@ -27,6 +27,8 @@ from engine import IMAGE, EngineApi, PrivateEngine, engine_host
 from images import Registry, make_image
 from relay import Relay, unix_socket
 from soak import Counter
+from test_files import run as upload
+from test_uploads import member, tar
 
 COMMAND_IMAGE = "lightrun/busybox-command:latest"
 VOLUME_IMAGE = "lightrun/busybox-warm-volume:latest"
@@ -131,14 +133,14 @@ def waiting(daemon: Daemon) -> list[dict[str, Any]]:
     return [entry for entry in daemon.containers() if entry["Command"].startswith(lightrun.SHIM) and entry["State"] == "running"]
 
 
-def run_warm(daemon: Daemon, **fields: Any) -> dict[str, Any]:
+def run_warm(daemon: Daemon, parts: dict[str, bytes] | None = None, **fields: Any) -> dict[str, Any]:
     """A run in a warm container, as soon as one of that image is there."""
     found = EngineApi().inspect_image(fields.get("image", IMAGE))
     assert found
     image = found["Id"]
     assert eventually(lambda: any(entry["ImageID"] == image for entry in waiting(daemon)), 60)
     for _ in range(50):  # until it is known to the pool as well
-        state = daemon.run(**fields)
+        state: dict[str, Any] = upload(daemon, parts, **fields) if parts else daemon.run(**fields)
         if state.get("warm"):
             return state
         time.sleep(0.2)
@@ -265,6 +267,12 @@ def test_the_same_world(request: pytest.FixtureRequest, pair: tuple[Daemon, Daem
         for each in (told_cold, told_warm):
             each["stdout"] = sorted(each["stdout"].split("\0"))
     assert told_warm == told_cold
+
+
+def test_a_name_that_is_not_utf_8_goes_into_a_folder_of_the_image(pair: tuple[Daemon, Daemon]) -> None:
+    parts = {"tar": tar(member("d\udcff/f\udcfe", b"odd"))}
+    state = run_warm(pair[1], parts, workdir="/tmp", entrypoint="cat d*/f*")
+    assert (state["reason"], state["logs"]) == ("exited", ["odd"]), state
 
 
 def _runc_version() -> tuple[int, ...]:
