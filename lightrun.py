@@ -127,7 +127,7 @@ MAX_ARTIFACT_PATH_BYTES = 2048  # a path below the run's root, so that absolute 
 MAX_KNOWN_IMAGES, MAX_KNOWN_PATHS = 64, 20_000  # of what images have at the paths of requests
 MAX_TAR_HEADER_BYTES = MIB  # of a member's name and attributes
 MAX_TAR_PATH_BYTES = 4000  # of a name in an uploaded tar; with the workdir it stays under PATH_MAX
-MAX_TREE_NAMES_BYTES = 32 * MIB  # of the names in a tree that goes in, those of folders that only follow from one included
+MAX_TREE_CHARACTERS = 32 * MIB  # of the names in a tree that goes in, those of folders that only follow from one included
 MAX_LINKS_FOLLOWED, MAX_LINK_STEPS = 40, 10_000_000  # by one link of a tree; by all of them, each as many as it is deep
 COPY_BYTES = 256 * KIB  # one piece of a file on its way to or from the disk; with 1 MiB extraction took twice as long
 
@@ -1162,9 +1162,10 @@ class Upload:
                 raise ValueError("there is no part named run, which is the JSON of the request")
             if upload.run.size > MAX_RUN_PART_BYTES:
                 raise ValueError(f"the part run has more than {MAX_RUN_PART_BYTES} bytes; send files as parts of their own")
-        except (ValueError, TypeError) as error:  # email's, of a parameter that comes in pieces
+        except (ValueError, TypeError) as error:  # the second is email's
             upload.close()
-            raise BadRequest(details=[problem(f"the body is not what its Content-Type says: {error}")]) from error
+            why = error if isinstance(error, ValueError) else "a parameter comes in pieces that cannot be joined"
+            raise BadRequest(details=[problem(f"the body is not what its Content-Type says: {why}")]) from error
         return upload
 
     def read(self, part: Part) -> bytes:
@@ -1785,8 +1786,8 @@ class Store:
     ) -> list[str]:  # fmt: skip
         """The JSON of up to `limit` heads, newest first, of runs whose id begins with `start`. Raises NotFound for a `before`
         that is unknown, or another owner's."""
-        known = "SELECT seq FROM runs WHERE id = ?1 AND (?2 IS NULL OR owner = ?2)"
-        top = self._one(known, before, owner)[0] if before else sys.maxsize
+        known = "SELECT seq FROM runs WHERE id = ? AND (? IS NULL OR owner = ?)"
+        top = self._one(known, before, owner, owner)[0] if before else sys.maxsize
         source, where, order, values = "runs", "seq < ?", "seq", [top]
         if start:  # they are few: found by their ids, and sorted
             where, order, values = "+seq < ? AND id >= ? AND id < ?", "+seq", [top, start, start + "~"]
@@ -2443,12 +2444,12 @@ class _TarWindow:
         self._upload, self._part, self._at = upload, part, 0
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises ValueError for what no header needs."""
+        """The next bytes. Raises ValueError, BadRequest for what no header needs."""
         if size > MAX_TAR_HEADER_BYTES:
             raise ValueError("a header is too long")
         data = self._upload.read(Part(self._part.start + self._at, max(0, min(size, self._part.size - self._at))))
-        if re.search(rb"[0-9]{%d}" % MAX_DIGITS, data):
-            raise ValueError("digits without an end")
+        if re.search(rb"(?<![0-9])[0-9]{%d}" % MAX_DIGITS, data):
+            raise BadRequest(details=[problem(f"has {MAX_DIGITS} digits in a row in a header", "tar")])
         self._at += len(data)
         return data
 
@@ -2473,8 +2474,8 @@ def tar_entries(upload: Upload, part: Part) -> Iterator[Entry]:
         with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:  # type: ignore[call-overload]
             while member := archive.next():
                 archive.members = []  # tarfile remembers every member otherwise
-                if len(archive.pax_headers) > MAX_ATTRIBUTES:  # of all members
-                    raise ValueError("too many global attributes")
+                if len(archive.pax_headers) > MAX_ATTRIBUTES:
+                    raise BadRequest(details=[problem(f"has more than {MAX_ATTRIBUTES} attributes for all its members", "tar")])
                 if why := _unfit(member, part.size):
                     problems.append(problem(why, "tar", printable(member.name)))
                 elif not problems:
@@ -2484,6 +2485,8 @@ def tar_entries(upload: Upload, part: Part) -> Iterator[Entry]:
             window.seek(archive.offset)
             if not problems and window.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ValueError("it has no end")
+    except BadRequest:
+        raise
     except Exception as error:  # tarfile raises nearly anything for what is none
         raise BadRequest(details=[problem("is not a tar, or was cut short", "tar")]) from error
     if problems:
@@ -2537,8 +2540,8 @@ def tree_problems(entries: Iterable[Entry]) -> Iterator[dict[str, Any]]:
     size = 0
     for entry in entries:
         where = ("tar" if isinstance(entry.content, Part) and entry.kind != tarfile.REGTYPE else "files", printable(entry.path))
-        if len(kinds) > MAX_ARTIFACT_ENTRIES or size > MAX_TREE_NAMES_BYTES:
-            most = f"{MAX_ARTIFACT_ENTRIES} files and folders, nor more than {MAX_TREE_NAMES_BYTES} bytes of names"
+        if len(kinds) > MAX_ARTIFACT_ENTRIES or size > MAX_TREE_CHARACTERS:
+            most = f"{MAX_ARTIFACT_ENTRIES} files and folders, nor more than {MAX_TREE_CHARACTERS} characters of names"
             yield problem(f"must not hold more than {most}", "files")
             return
         if kinds.get(entry.path) and not (entry.is_folder and entry.path == ""):
@@ -3139,6 +3142,10 @@ def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield (b"%x\r\n%b\r\n" % (len(chunk), bytes(chunk)) if chunk else b"") + b"0\r\n\r\n"
 
 
+# What an answer that is not what was documented raises here.
+NOT_UNDERSTOOD = (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+
+
 class Refused(Exception):
     """The engine's own word that it does not do what it was asked to."""
 
@@ -3162,7 +3169,7 @@ def asked_to(action: str) -> Iterator[None]:
     except (OSError, http.client.HTTPException) as error:
         what = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
         raise EngineAbsent(f"the engine did not answer (to {action}): {what}") from error
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:  # not what is documented
+    except NOT_UNDERSTOOD as error:
         raise EngineAbsent(f"the engine's answer cannot be understood (to {action})") from error
 
 
@@ -3430,16 +3437,15 @@ class Engine:
             if error.status >= 500:
                 self.count_failure("error")
             raise
-        except (OSError, http.client.HTTPException, ValueError):
+        except (OSError, http.client.HTTPException, *NOT_UNDERSTOOD):
             self.count_failure("absent")
             raise
 
     def _versioned(self, path: str) -> str:
         if path == "/version" or path.startswith("/v4"):
             return path
-        if not self._shared.api:
-            self.version()
-        return f"/v{self._shared.api}{path}"
+        api = self._shared.api or self.version()["apiVersion"]
+        return f"/v{api}{path}"
 
     @asked_to("tell its version")
     def version(self) -> dict[str, str]:
@@ -3815,7 +3821,7 @@ class Engine:
             self._remove(f"/networks/{container}")
 
     def _remove(self, path: str, **query: int) -> None:
-        with contextlib.suppress(EngineMissing), asked_to("remove the container"):
+        with contextlib.suppress(EngineMissing), asked_to(f"remove the {path.split('/')[1][:-1]}"):
             self._call("DELETE", path, 204, query=query, seconds=REMOVE_SECONDS).nothing()
 
     @asked_to("list the containers")
@@ -4741,7 +4747,7 @@ class Pools:
                     well = self._tend(pool)
                     pauses[pool] = RETRY_SECONDS if well else min(2 * pauses[pool], MAX_SWEEP_SECONDS)
                     due[pool] = 0.0 if well else time.monotonic() + pauses[pool]
-            self._news.wait(min(LOOK_SECONDS, *pauses.values()) if any(due.values()) else LOOK_SECONDS)
+            self._news.wait(max(0.0, min([LOOK_SECONDS, *(at - time.monotonic() for at in due.values() if at)])))
             self._news.clear()
             self._ending.wait(REFILL_SECONDS)
 
@@ -4750,7 +4756,9 @@ class Pools:
         try:
             self._machine = self._engine.machine()
             if self._machine is None:
-                raise EngineError(NO_SHIM)
+                log.warning("--warm: runs start cold: %s", NO_SHIM)
+                self._ending.set()
+                return True
             self._refill(pool, self._image(pool.image))
         except (EngineError, OSError) as error:
             log.warning("no warm container of %s: %s", pool.image, error)
@@ -4897,7 +4905,7 @@ def deliver(url: str, body: bytes, headers: Mapping[str, str], allow: tuple[str,
             if tls:
                 wire.secure(ssl.create_default_context(), host)
             response = exchange(wire, "POST", target, {"Host": parts.netloc, **headers}, body)
-    except (OSError, http.client.HTTPException, ValueError, TypeError, LookupError, AttributeError) as error:  # email's, too
+    except (OSError, http.client.HTTPException, *NOT_UNDERSTOOD) as error:
         raise CallbackError(f"no answer ({type(error).__name__})", retry=True) from error
     if not 200 <= response.status < 300:
         retry = response.status in {408, 425, 429} or response.status >= 500
@@ -5437,7 +5445,7 @@ class Job:
     def dismiss(self, command: Patience) -> None:
         """It has ended."""
         with self._lock:
-            self.quiet_since = time.monotonic()
+            self.quiet_since = time.monotonic()  # first: idle_at looks at both without the lock
             self.execs.discard(command)
         self.patience.ring()
 
@@ -5562,15 +5570,12 @@ class Places:
             self._queues.setdefault(job.run.owner, collections.deque()).append(job)
         self.hire()
 
-    def at_once(self, job: Job) -> None:
-        """Run a job whose container is there already, or which only has to end, if it waits."""
-        with self._lock:
-            if job in self._queues.get(job.run.owner, ()):
-                self._spawn(self._leaves_queue(job))
-
     def hire(self) -> None:
-        """Run as many of those that wait as may run."""
+        """Run as many of those that wait as may run, and all whose container is there already, or which only have to end."""
         with self._lock:
+            for urgent in [each for waiting in self._queues.values() for each in waiting if each.begun or each.asked]:
+                if not self._spawn(self._leaves_queue(urgent)):
+                    return
             while (job := self._next()) and self._spawn(job):
                 pass
 
@@ -5592,7 +5597,7 @@ class Places:
     def _spawn(self, job: Job) -> bool:
         """Under the lock: run it on a thread; false when there is none to be had: then it waits on."""
         try:
-            threading.Thread(target=self._work, args=(job,), name="run", daemon=True).start()
+            threading.Thread(target=self._work, args=([job],), name="run", daemon=True).start()
         except RuntimeError as error:
             log.error("no worker for a run: %s", error)
             self._running[job.run.owner] -= 1
@@ -5600,8 +5605,9 @@ class Places:
             return False
         return True
 
-    def _work(self, job: Job | None) -> None:
+    def _work(self, jobs: list[Job]) -> None:
         """A worker: one run after the other until there is none for it."""
+        job: Job | None = jobs.pop()  # which the thread would keep otherwise
         while job:
             try:
                 self._execute(job)
@@ -5789,8 +5795,6 @@ class Runner:
             with contextlib.suppress(LightrunError):  # the next run tries again
                 self._evictor.evict("")
         self.places.enqueue(job)
-        if job.asked:  # meanwhile
-            self.places.at_once(job)
         return job
 
     def tree(self, request: RunRequest, upload: Upload | None, owner: str | None) -> Tree:
@@ -5836,12 +5840,10 @@ class Runner:
             job.slot = self.slots.take(meter) if meter else None
             if ask := Ask.parse(asked) or self._refusal(job):
                 job.ask(ask)
-            self._jobs[run.id] = job
+            self._jobs[run.id] = job  # nobody else is there yet
         for job in sorted(self._jobs.values(), key=lambda job: not (job.begun or job.asked)):  # now that each has what it holds
             self.places.take(job.run.owner, unasked=True)
             self.places.enqueue(job)
-            if job.begun or job.asked:
-                self.places.at_once(job)
         self.slots.sweep()
         self.keeper.start(lambda run_id: self.job(run_id) or self.pools.knows(run_id), self.slots, self.places.hire)
         if self._settings.warm:
@@ -5899,7 +5901,7 @@ class Runner:
                 self._store.ask(run_id, ask.recorded)
         finally:  # with a full disk too: what ends a run makes room
             job.ask(ask)
-            self.places.at_once(job)
+            self.places.hire()
 
     @contextlib.contextmanager
     def attended(self, job: Job | None) -> Iterator[None]:
@@ -5940,7 +5942,7 @@ class Runner:
             self._record(job, {"reason": "engine_error", "error": "lightrun failed; its log says how"})
         self._let_go(job)
         job.patience.close()
-        with contextlib.suppress(Unavailable):  # the next run tries again
+        with contextlib.suppress(LightrunError):  # the next run tries again
             self._evictor.evict(job.run.id)
 
     def _let_go(self, job: Job) -> None:
@@ -5984,7 +5986,7 @@ class Runner:
         away = False
         while not self.keeper.answers():
             away = True
-            job.in_doubt |= job.hearing is not Hearing.ENDED
+            job.in_doubt |= job.begun and job.hearing is not Hearing.ENDED
             job.killing.tries = job.killing.failures = 0
             if not job.begun:
                 job.check()
@@ -6996,10 +6998,10 @@ class Execs:
         while command.log.hidden and not command.log.full and not command.asked:  # one that is to end may have begun
             command.patience.heard()
             data, code = None, None
-            with contextlib.suppress(EngineAbsent):
+            with contextlib.suppress(EngineAbsent, EngineMissing):
                 data = stream.next(command.patience.wake, late - time.monotonic())
                 code = self._exit(engine, exec_id) if data == b"" else None
-            if code in {SHIM_GAVE_UP, 137}:
+            if data == b"" and code in {SHIM_GAVE_UP, 137, None}:
                 self._must_run(command, engine)
             if code == SHIM_GAVE_UP:  # any other code may be the command's
                 self._must_have(command, engine, workdir)
@@ -7134,13 +7136,14 @@ class Execs:
         patience = Patience(KILL_SECONDS)  # for each call: whoever waits for the end has waited
         patience.beside = beside
         patience.ring(hurry=True)
-        engine, seen = self._engine.for_one(patience), False
+        engine, seen, over = self._engine.for_one(patience), False, False
         try:
             with contextlib.suppress(EngineMissing):
                 code, pid_here, container = engine.command(exec_id)
+                over = code is not None  # as the engine says
                 seen = code in {None, ATTACH_BROKE} and engine.local and kill_here(pid_here, container)
             if not seen and pid and (machine := engine.machine()):
-                seen = self._kill_there(engine, machine, job.container, pid)
+                seen = self._kill_there(engine, machine, job.container, pid, over)
         except EngineError as error:
             log.warning("exec in run %s: %s", job.run.id, error)
         finally:
@@ -7148,9 +7151,9 @@ class Execs:
         return seen
 
     @staticmethod
-    def _kill_there(engine: Engine, machine: Machine, container: str, pid: int) -> bool:
+    def _kill_there(engine: Engine, machine: Machine, container: str, pid: int, over: bool = False) -> bool:
         """Have a shim kill a process group in its container, and if its leader is an init, that of the program it started;
-        whether there was such a leader."""
+        whether there is such a leader. Without one nothing is killed if the command may be `over`: what it left may go on."""
         room, told = SHIM_BASE + SHIM_ROOM // 2, b""
         with contextlib.closing(engine.start_command(engine.create_command(container, [SHIM], {}, "/"))) as stream:
             frame: list[tuple[Any, ...]] = [("readlinkat", ANY_RESULT, AT_FDCWD, _c(f"/proc/{pid}/exe"), room, 128)]
@@ -7163,6 +7166,7 @@ class Execs:
                 told += b"".join(bytes(payload) for _, payload in reader.feed(data))
             with asked_to("kill a command"):
                 groups = [pid, *(map(int, told[128:256].rstrip(b"\0").split()) if is_init(told[:128]) else ())]
+                groups = [] if over and not told[:128].rstrip(b"\0") else groups
                 killing = [("kill", ANY_RESULT, -group, signal.SIGKILL) for group in groups]
                 stream.wire.send(shim_frame(machine, [*killing, ("exit_group", 0, 0)]))
             stream.next(seconds=KILL_SECONDS)
@@ -7205,7 +7209,8 @@ class Keeper:
         self.engine_up = True
 
     def start(self, in_progress: Callable[[str], Any], slots: Slots, hire: Callable[[], None]) -> None:
-        """Begin, with what an earlier daemon left. `in_progress` knows the ids of runs, `hire` sees to a worker."""
+        """Begin, with what an earlier daemon left. `in_progress` knows the ids of runs, `slots` is what their containers are in,
+        `hire` runs those that wait."""
         self.tidy_up()
         threading.Thread(target=self._keep, args=(in_progress, slots, hire), name="keeper", daemon=True).start()
 
@@ -7342,7 +7347,8 @@ def remote(environ: Mapping[str, Any], trusted: Sequence[str]) -> str:
     hops = str(environ.get("HTTP_X_FORWARDED_FOR", "")).split(",")[-MAX_HOPS:]
     with contextlib.suppress(ValueError, IndexError):  # what a proxy we trust was told by somebody else, or no more of it
         while (far == "localhost" and "unix" in trusted) or any(ipaddress.ip_address(far) in each for each in networks):
-            far = str(ipaddress.ip_address(hops.pop().strip()))  # waitress calls a Unix socket localhost
+            hop = ipaddress.ip_address(hops.pop().strip())
+            far = str(getattr(hop, "ipv4_mapped", None) or hop)
     return far
 
 
@@ -7915,12 +7921,12 @@ class Api:
             yield event
         if not started and job and job.run.started:  # it was over before a word was told
             yield {"event": "started"}
-        short = max((job.log.taken() if job else at).values(), default=math.inf) <= self._settings.log_limit
+        missing = max((job.log.taken() if job else at).values(), default=math.inf) <= self._settings.log_limit  # if it says so
         if job:
-            short = follow and not job.log.full and (job.in_doubt or (short and job.log.truncated and not lacks))
-        elif short:
-            short = lacks and head["reason"] != "output_limit"
-        if short:
+            missing = follow and not job.log.full and (job.in_doubt or (missing and job.run.logs_truncated and not lacks))
+        elif missing:
+            missing = lacks and head["reason"] != "output_limit"
+        if missing:
             yield {"event": "gap"}  # at the end, where no follower could be cut off
         if follow or job is None:
             yield {"event": "finished", "run": self._untold(call, self._state(call, run_id, job))}
@@ -9001,7 +9007,7 @@ class Client:
             except (ConnectionLost, ApiError) as error:
                 if lost and error.code in {"not_found", "not_running"}:
                     return
-                lost = lost or isinstance(error, ConnectionLost)
+                lost = lost or isinstance(error, ConnectionLost) or error.status in {502, 504}  # a proxy's, whose node has gone
                 patience.bear(error)
 
     def _events(self, method: str, path: str, body: bytes | None = None) -> Iterator[dict[str, Any]]:
@@ -10014,7 +10020,7 @@ class Command:
     usage: str = ""  # of one that has a COMMAND behind --, and that program's exit code
 
     def failing(self, code: int) -> int:
-        """Its exit code for what is this one with others: 1 for what goes wrong by itself, 2 for a wrong command line."""
+        """Its exit code where that of other commands is `code`: 1 for what goes wrong by itself, 2 for a wrong command line."""
         return OWN_FAILURE if self.usage else code
 
 
