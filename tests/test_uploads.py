@@ -351,7 +351,7 @@ def test_a_header_of_digits_only_is_refused_at_once() -> None:
     for count in (4096, 1 << 20):
         with pytest.raises(BadRequest) as refusal:
             tree(("tar", attributes(tarfile.XHDTYPE, b"1" * count))).check()
-        assert "not a tar" in message(refusal)
+        assert "digits in a row" in message(refusal)
 
 
 def test_a_tar_has_few_attributes_of_its_own() -> None:
@@ -360,7 +360,7 @@ def test_a_tar_has_few_attributes_of_its_own() -> None:
     tree(("tar", attributes(tarfile.XGLTYPE, few))).check()
     with pytest.raises(BadRequest) as refusal:
         tree(("tar", attributes(tarfile.XGLTYPE, many))).check()
-    assert "not a tar" in message(refusal)
+    assert "more than 100 attributes" in message(refusal)
 
 
 def test_what_a_tar_says_is_kept() -> None:
@@ -392,7 +392,7 @@ def test_the_names_of_a_tree_have_a_bound_with_all_their_folders() -> None:
     """Each of these has four megabytes of them."""
     deep = [member(f"{number}/" + "d/" * 1990 + "f") for number in range(12)]
     tree(("tar", tar(*deep[:2]))).check()
-    assert "bytes of names" in refused(*deep)
+    assert "characters of names" in refused(*deep)
 
 
 def test_links_that_take_too_long_to_follow_are_refused() -> None:
