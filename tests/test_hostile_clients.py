@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import psutil
@@ -343,6 +344,13 @@ def test_endless_chunk_headers_and_trailers_end(lightrun_open: Daemon) -> None:
         assert exchange(lightrun_open, post(chunks, b"Transfer-Encoding: chunked")).status in (400, 413)
 
 
+@pytest.mark.parametrize("beginning", [b"5;", b"0\r\nX: "], ids=["chunk", "trailer"])
+def test_a_line_between_chunks_ends_before_the_limit_of_the_body(daemon: DaemonFactory, beginning: bytes) -> None:
+    own = daemon()
+    raw = post(beginning + b"a" * 100_000, b"Transfer-Encoding: chunked")
+    assert first_answer(own, raw) == b"HTTP/1.1 400 Bad Request"
+
+
 def test_a_body_of_the_limit_is_read(lightrun_open: Daemon) -> None:
     body = b'{"image": ""' + b" " * (BODY_LIMIT - 13) + b"}"
     assert exchange(lightrun_open, post(body, b"Content-Length: %d" % BODY_LIMIT)).status == 400
@@ -573,6 +581,61 @@ def test_a_welcome_body_is_asked_for(lightrun_guarded: Daemon) -> None:
         assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"{}")
         assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
+def test_no_body_is_not_asked_for(lightrun_guarded: Daemon) -> None:
+    cancel = b"POST /runs/none/cancel HTTP/1.1\r\n" + HOST + GOOD + b"\r\nContent-Length: 0\r\nExpect: 100-continue\r\n"
+    assert statuses(everything(lightrun_guarded, cancel + b"\r\n" + cancel + b"Connection: close\r\n\r\n")) == [404, 404]
+
+
+def test_a_refused_head_has_no_body(lightrun_guarded: Daemon) -> None:
+    received = everything(lightrun_guarded, b"HEAD /runs HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert received.startswith(b"HTTP/1.1 401 ")
+    assert received.endswith(b"\r\n\r\n")
+    assert received.count(b"\r\n\r\n") == 1
+
+
+def refusals(daemon: Daemon) -> tuple[Counter[str], Counter[str]]:
+    """The statuses of those that the log tells of, and of those that were counted."""
+    metrics = daemon.request("GET", "/metrics", headers={"Authorization": f"Bearer {TOKEN}"}).text
+    counted = re.findall(r'^lightrun_requests_total\{route="none",status="(4\d\d)"\} (\d+)', metrics, re.MULTILINE)
+    told = re.findall(r" refused .*: (4\d\d)$", daemon.log(), re.MULTILINE)
+    return Counter(told), Counter({status: int(count) for status, count in counted})
+
+
+CHUNKED = b"Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (post(b"2\r\n{}\r\n0\r\n\r\n", CHUNKED), 401),
+        (post(b"{}\r\n\r\n", b"Content-Length: 6"), 401),
+        (post(b"%x\r\n" % MIB + b" " * (BODY_LIMIT + 1), GOOD, CHUNKED), 413),
+        (post(b"g\r\n{}\r\n0\r\n\r\n", GOOD, CHUNKED), 400),
+        (b"GET /health HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 100_000 + b"\r\n\r\n", 431),
+    ],
+    ids=["token", "length", "large", "chunks", "headers"],
+)
+def test_a_refusal_is_told_and_counted_once(lightrun_guarded: Daemon, raw: bytes, status: int) -> None:
+    before = refusals(lightrun_guarded)
+    assert statuses(everything(lightrun_guarded, raw)) == [status]
+    one = Counter([str(status)])
+    assert refusals(lightrun_guarded) == (before[0] + one, before[1] + one)
+
+
+def test_clients_that_reset_what_is_refused_are_not_worth_a_word(lightrun_guarded: Daemon) -> None:
+    before = refusals(lightrun_guarded)[0]["401"]
+    for _ in range(4):
+        connections = [lightrun_guarded.connect() for _ in range(50)]
+        for connection in connections:
+            send(connection, post(b"", b"Content-Length: 1000"))
+        time.sleep(0.003)  # so that most leave after they were refused and before they are told
+        for connection in connections:
+            reset(connection)
+    assert eventually(lambda: refusals(lightrun_guarded)[0]["401"] >= before + 50)
+    assert lightrun_guarded.healthy()
+    assert "uncaptured python exception" not in lightrun_guarded.log()
 
 
 def test_a_client_that_goes_on_sending_a_large_body_does_no_harm(lightrun_open: Daemon) -> None:
