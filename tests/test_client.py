@@ -23,11 +23,12 @@ import tarfile
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 import pytest
 
 import lightrun
@@ -235,6 +236,20 @@ def test_a_pipe_that_does_not_block_is_waited_for(start: Start) -> None:
     with os.fdopen(near, "rb") as out:
         assert len(out.read()) == 3_000_000
     assert process.wait(20) == 0
+
+
+def test_standard_input_that_does_not_block_is_waited_for(start: Start) -> None:
+    """Nothing is there at first, and then a part of it."""
+    near, far = os.pipe()
+    os.set_blocking(near, False)
+    process = start("run", *OFFLINE, "-i", IMAGE, "--", "cat", stdin=near)
+    with os.fdopen(far, "wb", buffering=0) as pipe:
+        assert eventually(lambda: heeds(process, signal.SIGTERM) and psutil.Process(process.pid).status() == "sleeping")
+        pipe.write(b"one ")
+        assert eventually(lambda: fcntl.ioctl(near, termios.FIONREAD, bytes(4)) == bytes(4)), "it was not read"
+        pipe.write(b"two")
+    os.close(near)
+    assert (process.communicate(timeout=20), process.returncode) == ((b"one two", b""), 0)
 
 
 def test_stdin_is_sent_only_when_asked(command: Command) -> None:
@@ -864,9 +879,9 @@ LIES: dict[str, dict[str, bytes]] = {
 
 
 class Liar:
-    """Answers each request by what its first line begins with."""
+    """Answers each request by what its first line begins with; where there are several answers, with each in turn."""
 
-    def __init__(self, lies: dict[str, bytes]) -> None:
+    def __init__(self, lies: Mapping[str, bytes | list[bytes]]) -> None:
         self._lies = lies
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
@@ -883,7 +898,7 @@ class Liar:
                     asked = near.recv(65536).decode()
                     for beginning, answer in self._lies.items():
                         if asked.startswith(beginning):
-                            near.sendall(answer)
+                            near.sendall(answer if isinstance(answer, bytes) else answer.pop(0))
                             near.shutdown(socket.SHUT_WR)
                             near.settimeout(1)
                             with contextlib.suppress(OSError):
@@ -896,6 +911,52 @@ def test_a_daemon_that_lies(lie: str, capfd: pytest.CaptureFixture[str]) -> None
         code = main_here("run", "--url", liar.url, IMAGE, "--", "true")
     out, err = capfd.readouterr()
     assert (code, out, err.count("\n"), "\x1b" in err, err[:10]) == (125, "", 1, False, "lightrun: "), err
+
+
+def test_an_order_whose_answer_was_lost_is_only_obeyed_if_it_could_be(capfd: pytest.CaptureFixture[str]) -> None:
+    """What the repeat of it is told: that there is no such run, or that it has ended, is as good as that it was done."""
+    for name, order, status, code in [
+        ("rm", f"DELETE /runs/{ID}", b"409 Conflict", "running"), ("rm", f"DELETE /runs/{ID}", b"409 Conflict", "in_use"),
+        ("rm", f"DELETE /runs/{ID}", b"404 Not Found", "not_found"),
+        ("cancel", f"POST /runs/{ID}/cancel", b"409 Conflict", "in_use"),
+        ("cancel", f"POST /runs/{ID}/cancel", b"409 Conflict", "not_running"),
+        ("stop", f"POST /runs/{ID}/stop", b"409 Conflict", "running"),
+        ("stop", f"POST /runs/{ID}/stop", b"409 Conflict", "not_running"),
+    ]:  # fmt: skip
+        refusal = answers(json.dumps({"error": code, "message": "it is so"}).encode(), status)
+        lies: dict[str, bytes | list[bytes]] = {order: [b"", refusal], "GET /runs/": answers(json.dumps(STATE).encode())}
+        with contextlib.closing(Liar(lies)) as liar:
+            failed = main_here(name, "--url", liar.url, ID)
+        wanted = (0, f"{ID}\n", "") if code.startswith("not_") else (1, "", f"lightrun: {ID}: it is so\n")
+        assert (failed, *capfd.readouterr()) == wanted, (name, code)
+
+
+GAP, BEGUN = {"event": "gap"}, {"event": "accepted", "id": ID}
+
+
+@pytest.mark.parametrize(
+    ("told", "complete", "exec_complete"),
+    [
+        ([BEGUN, LOG, {**LOG, "at": 2}], True, True),
+        ([BEGUN, GAP, LOG, LOG, {**LOG, "at": 1, "base64": "aWhp"}], True, False),
+        ([GAP, LOG, {**LOG, "base64": "aGloaQ=="}], True, False),
+        ([BEGUN, LOG, GAP, {**LOG, "at": 2}], False, False),
+        ([BEGUN, LOG, {**LOG, "at": 2}, GAP], False, False),
+    ],
+    ids=["whole", "again", "longer", "gap", "end"],
+)
+def test_what_comes_again_is_not_told_twice(told: list[Any], complete: bool, exec_complete: bool) -> None:
+    """Nor is a gap at the beginning of a run's events one in its output; those of an exec have no other beginning."""
+    lies = events(*told, {"event": "finished", "run": STATE})
+    heard: list[bytes] = []
+    with contextlib.closing(Liar(lies)) as liar:
+        kept = lightrun.Client(liar.url).run(IMAGE)
+        lightrun.Client(liar.url).run(IMAGE, on_output=lambda _, data: heard.append(data))
+    assert (kept.stdout, b"".join(heard), kept.complete, kept.exit_code) == (b"hihi", b"hihi", complete, 0)
+    lies = {"POST /runs/": events(*told, {"event": "finished", "exec": STATE})["GET /runs/"]}
+    with contextlib.closing(Liar(lies)) as liar:
+        done = lightrun.Client(liar.url).exec(ID, "true")
+    assert (done.stdout, done.complete, done.reason) == (b"hihi", exec_complete, "exited")
 
 
 def test_artifacts_that_are_cut_are_not_all(command: Command, tmp_path: Path) -> None:
@@ -1045,6 +1106,13 @@ def test_a_table_into_a_pipe_that_closes(start: Start) -> None:
     assert process.stderr.read() == b""
 
 
+def test_a_table_onto_a_full_disk(start: Start) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = start("ps", stdout=full)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (1, b"lightrun: No space left on device\n")
+
+
 # ---------------------------------------------------------------- exec
 
 
@@ -1138,6 +1206,17 @@ def test_odd_input_is_one_line(
         assert (code, err.count("\n"), says in err) == (125, 1, True), (arguments, err)
     done = command(*run, IMAGE, "--", "printf", "\udcff")
     assert (done.code, "must be UTF-8" in done.err) == (125, True)
+
+
+@pytest.mark.parametrize(("line", "code"), [(("ps",), 2), (("run", IMAGE, "--", "true"), 125)])
+def test_a_token_file_in_a_home_that_is_not_known(
+    line: tuple[str, ...], code: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "~nosuchuser/token"
+    assert main_here(line[0], "--token-file", path, *line[1:]) == code
+    monkeypatch.setenv("LIGHT_RUN_TOKEN_FILE", path)
+    assert main_here(*line) == code
+    assert re.fullmatch(f"(lightrun: {path}: cannot be read: .* home .*\n){{2}}", capfd.readouterr().err)
 
 
 def test_names_that_are_not_utf_8_are_sent_as_they_are(command: Command, tmp_path: Path) -> None:
