@@ -330,6 +330,22 @@ def test_a_date_to_come_again_is_by_the_receivers_clock(daemon: DaemonFactory, r
     assert callback(lightrun, run, "delivered")["attempts"] == 2
 
 
+@pytest.mark.long
+def test_a_clock_that_is_set_cuts_no_upload(daemon: DaemonFactory, clock: Clock) -> None:
+    """waitress looks each 30 s for connections on which nothing has come for 120 s."""
+    lightrun = daemon(*NO_PULL, env=clock.env)
+    with lightrun.connect() as connection:
+        head = b"POST /run HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+        connection.sendall(head + b"{")
+        clock.set(3600)
+        assert eventually(lambda: time_of(lightrun) - time.time() > 3000, 3)
+        connection.settimeout(35)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
+        connection.sendall(b"}")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
 # ---------------------------------------------------------------- What the disk does
 
 
