@@ -66,6 +66,9 @@ GROUPS_FILE, USERS_FILE, BEFORE_FILE = "groups", "users", "before"
 # What a daemon gets of this process's environment; all else is the test's to give.
 KEPT_VARIABLES = ("PATH", "LANG", "DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CERT_PATH")
 
+# Root that may not do everything.
+TAMED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
+
 # An unclosed file shows in the daemon's log, but is nobody's error when the process ends anyway.
 WARNINGS = ("-W", "error", "-W", "default::ResourceWarning")
 

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 import lightrun
-from conftest import KEPT_VARIABLES, ROOT, DaemonFactory, eventually, free_port
+from conftest import KEPT_VARIABLES, ROOT, TAMED, DaemonFactory, eventually, free_port
 from engine import IMAGE, engine_host
 from relay import Relay
 
@@ -348,8 +348,6 @@ def test_reasons_not_to_start(
 
 # Nobody's account: without a name and a home, but allowed to read this Python.
 NOBODY = ("setpriv", "--reuid=54321", "--clear-groups", "--inh-caps=+dac_override", "--ambient-caps=+dac_override")
-# Root that may not do everything.
-TAMED = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from typing import Any
 import docker
 import pytest
 
-from conftest import HELD, Daemon, DaemonFactory, Response, eventually, longer, release
+from conftest import HELD, TAMED, Daemon, DaemonFactory, Response, eventually, longer, release
 from engine import IMAGE, engine_host
 from lightrun import Ask, Killing
 from relay import Relay, unix_socket
@@ -303,13 +303,18 @@ def test_sighup_reads_the_tokens_again(daemon: DaemonFactory, tmp_path: Path) ->
     lightrun.token = "always"
 
 
-@pytest.mark.parametrize("spoil", ["empty", "blank", "binary", "huge", "missing", "folder", "pipe"])
+@pytest.mark.parametrize("spoil", ["empty", "blank", "binary", "huge", "missing", "folder", "pipe", "shut"])
 def test_a_bad_token_file_changes_nothing(daemon: DaemonFactory, tmp_path: Path, spoil: str) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("first\n")
-    lightrun = daemon("--token-file", str(tokens))
+    lightrun = daemon("--token-file", str(tokens), start=False)
+    lightrun.command = [*TAMED, *lightrun.command]
+    lightrun.start()
     lightrun.token = "first"
-    tokens.unlink()
+    if spoil == "shut":
+        tmp_path.chmod(0)
+    else:
+        tokens.unlink()
     contents = {"empty": b"", "blank": b"\n \n", "binary": b"\xff\xfe\n", "huge": b"x" * 2 * MIB}
     if spoil in contents:
         tokens.write_bytes(contents[spoil])
@@ -317,7 +322,7 @@ def test_a_bad_token_file_changes_nothing(daemon: DaemonFactory, tmp_path: Path,
         tokens.mkdir()
     elif spoil == "pipe":
         os.mkfifo(tokens)
-    hang_up(lightrun, "token-file")
+    hang_up(lightrun, "the tokens stay" if spoil == "shut" else "token-file")
     assert authorized(lightrun, "first")
     assert not authorized(lightrun, "")
 
