@@ -118,9 +118,11 @@ def test_a_port_in_use(daemon: DaemonFactory) -> None:
 
 
 def test_an_open_server_says_so(daemon: DaemonFactory) -> None:
-    assert "token" in daemon().log()
-    assert "WARNING" in daemon("--host", "0.0.0.0").log()
-    assert "token" not in daemon("--token", "long-enough").log()
+    local, everywhere, guarded = daemon(), daemon("--host", "0.0.0.0"), daemon("--token", "long-enough")
+    assert eventually(lambda: "token" in local.log())
+    assert eventually(lambda: "WARNING" in everywhere.log())
+    assert eventually(lambda: "serves on" in guarded.log())  # the last that is said of the start
+    assert "token" not in guarded.log()
 
 
 # ---------------------------------------------------------------- systemd
