@@ -597,7 +597,9 @@ def test_a_refused_head_has_no_body(lightrun_guarded: Daemon) -> None:
 
 def refusals(daemon: Daemon) -> tuple[Counter[str], Counter[str]]:
     """The statuses of those that the log tells of, and of those that were counted."""
+    asked = daemon.log().count("GET /metrics")
     metrics = daemon.request("GET", "/metrics", headers={"Authorization": f"Bearer {TOKEN}"}).text
+    assert eventually(lambda: daemon.log().count("GET /metrics") > asked)  # and with it all that was said before
     counted = re.findall(r'^lightrun_requests_total\{route="none",status="(4\d\d)"\} (\d+)', metrics, re.MULTILINE)
     told = re.findall(r" refused .*: (4\d\d)$", daemon.log(), re.MULTILINE)
     return Counter(told), Counter({status: int(count) for status, count in counted})
