@@ -8669,7 +8669,7 @@ class Daemon:
             self._runner.places.limit(tokens)
             log.info("%s was read again", path)
         except (UsageError, OSError) as error:
-            log.error("%s; the tokens stay as they were", error)
+            log.error("%s; the tokens stay as they were", _sentence(error))
 
     def stop(self) -> None:
         """Take no more runs, let clients that wait have their results, and let go of everything. All that takes at most
