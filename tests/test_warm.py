@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import math
 import re
 import shutil
 import subprocess
+import tarfile
 import threading
 import time
 import uuid
@@ -282,6 +284,17 @@ def _runc_version() -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", said)[:2])
 
 
+@pytest.mark.parametrize("mode", [0o500, *longer(0o700)])
+def test_a_tar_says_how_the_workdir_is(pair: tuple[Daemon, Daemon], uid_image: str, mode: int) -> None:
+    """For another user than root it is there before, and so it is in a warm container."""
+    parts = {"tar": tar(member("./", kind=tarfile.DIRTYPE, mode=mode), member("./a", b"b"))}
+    fields = {"image": uid_image, "entrypoint": "stat -c '%a %u %Y' . a; cat a"}
+    cold, warm = pair
+    state = upload(cold, parts, **fields)
+    assert state["logs"][0] == f"{mode:o} 1000 1600000000"
+    assert told(warm, run_warm(warm, parts, **fields)) == told(cold, state)
+
+
 def test_forty_things_are_compared() -> None:
     assert len(PROBES) + len(WORLD) >= 40
 
@@ -550,11 +563,15 @@ def run_warm_when_there(daemon: Daemon, image: str) -> dict[str, Any]:
     return run_warm(daemon, image=image, entrypoint="echo x")
 
 
-@pytest.mark.long
 def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
+    """It is asked for less and less often, whatever becomes of the other pools."""
     lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never")
-    assert eventually(lambda: "no warm container of docker.io/lightrun/nosuch:latest" in lightrun_.log())
-    assert run_warm(lightrun_, entrypoint="echo x")["logs"] == ["x"]
+    missing, began = "no warm container of docker.io/lightrun/nosuch:latest", time.monotonic()
+    assert eventually(lambda: missing in lightrun_.log())
+    for _ in range(10):
+        assert eventually(lambda: "lightrun_warm_containers 1" in lightrun_.request("GET", "/metrics").text, 60)
+        assert lightrun_.run(entrypoint="true")["warm"]
+    assert lightrun_.log().count(missing) <= 2 + math.log2(2 + time.monotonic() - began)  # pauses double, from 2 s on
     lightrun_.stop()
 
 
