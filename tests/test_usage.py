@@ -22,6 +22,7 @@ import pytest
 import lightrun
 from conftest import HELD, ROOT, Daemon, DaemonFactory, eventually, release
 from engine import IMAGE
+from faults import Proxy
 from relay import Relay, unix_socket
 
 COLD_MS = 60  # what a cold start adds to cpuMs, at most, on a machine that is busy: README
@@ -319,6 +320,19 @@ def test_nothing_is_left_but_the_slots(daemon: DaemonFactory, engine: docker.API
     assert eventually(lambda: not any("/" in name for name in slots(state_id)))
     lightrun_.stop()
     assert slots(state_id) == set()
+
+
+def test_the_slot_of_a_container_that_the_keeper_removes_is_given_back(daemon: DaemonFactory) -> None:
+    with contextlib.closing(Proxy()) as proxy:
+        lightrun_ = daemon("--docker-host", proxy.host)
+        proxy.inject("remove", "before", "500")
+        lightrun_.run(entrypoint="true")
+        assert len(lightrun_.containers()) == 1
+        proxy.mend()
+        assert eventually(lambda: not lightrun_.containers())
+        lightrun_.run(entrypoint="true")
+        assert slots(state_of(lightrun_)) == {"0"}
+        lightrun_.stop()
 
 
 @pytest.mark.long
