@@ -343,6 +343,8 @@ def test_alien_frames_in_the_log_copy(proxied: Proxied, stream: int) -> None:
     state = lightrun.wait(run)
     assert rule.hits
     assert (state["reason"], state["exitCode"], state["logs"], state["logsTruncated"]) == ("exited", 3, ["ready", "done"], True)
+    events = [json.loads(line)["event"] for line in lightrun.request("GET", f"/runs/{run}/events").body.splitlines()]
+    assert events == ["accepted", "gap", "started", "log", "log", "gap", "finished"]
     assert lightrun.request("GET", f"/runs/{run}/logs").body == b"ready\ndone\n"
 
 
@@ -405,6 +407,36 @@ def test_one_container_that_cannot_be_removed(proxied: Proxied, engine: docker.A
     assert eventually(lambda: [each["Id"] for each in lightrun.containers()] == [stuck["Id"]], END_SECONDS)
     proxy.mend()
     assert eventually(lambda: not lightrun.containers(), END_SECONDS)
+
+
+def test_an_absence_while_one_cannot_be_removed(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the pause until that is tried again: runs are accepted as soon as the engine is back."""
+    monkeypatch.setitem(faults.LOWERED, "RETRY_SECONDS", 0.2)
+    lightrun, proxy = proxied()
+    proxy.inject("remove", "before", "500")
+    run = lightrun.run(network="none", entrypoint="true")["id"]
+    assert eventually(lambda: lightrun.log().count(f"container of run {run}: ") == 6, END_SECONDS)  # the next pause is 6.4 s
+    proxy.inject("any", "before", "refuse")
+    first = detach(lightrun, "true")  # which sees that it is away
+    assert eventually(lambda: "lightrun_engine_up 0" in lightrun.request("GET", "/metrics").text)
+    proxy.mend()
+    body = {"image": IMAGE, "entrypoint": "true", "network": "none", "detached": True}
+    accepted = eventually(lambda: (answer := lightrun.request("POST", "/run", body)).status == 202 and answer.json()["id"], 3)
+    assert accepted, "the keeper sleeps on"
+    for run in (first, accepted):
+        assert lightrun.wait(run)["status"] == "succeeded"
+
+
+def test_a_container_that_vanishes_while_its_artifacts_are_copied(proxied: Proxied, engine: docker.APIClient) -> None:
+    lightrun, proxy = proxied()
+    rule = proxy.inject("archive", "before", "hang")
+    run = detach(lightrun, "echo x > x; exit 3", extract=["x"], extractOn="exit")
+    assert eventually(lambda: rule.held)
+    engine.remove_container(f"lightrun-{run}", force=True)
+    proxy.mend()
+    state = lightrun.wait(run)
+    assert (state["reason"], state["exitCode"]) == ("exited", 3)
+    assert state["extracted"] == [{"from": "x", "status": "error", "message": "the container vanished"}]
 
 
 # ---------------------------------------------------------------- Clocks
