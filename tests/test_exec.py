@@ -280,6 +280,11 @@ def test_a_program_that_is_not_there(shared: Daemon, room: str) -> None:
     assert execute(shared, room, ["/app"])["exitCode"] == 126
 
 
+def test_an_exit_code_that_engines_give_too(shared: Daemon, room: str) -> None:
+    state = execute(shared, room, f"exit {lightrun.ATTACH_BROKE}")
+    assert (state["reason"], state["exitCode"], state["logsTruncated"]) == ("exited", lightrun.ATTACH_BROKE, False)
+
+
 @pytest.mark.long
 def test_the_shim_may_go(shared: Daemon, sandbox: Sandbox) -> None:
     """A program may remove or replace it: then commands are run without."""
@@ -345,11 +350,27 @@ def test_a_shim_kills_where_we_cannot(shared: Daemon, sandbox: Sandbox, engine: 
             assert eventually(lambda: processes(shared, run) == [lightrun.SHIM])
 
 
+def test_a_shim_that_tells_of_no_group(shared: Daemon, sandbox: Sandbox) -> None:
+    run, view = sandbox(), lightrun.Engine(lightrun.Settings(), "")
+    fake = "printf /sbin/tini; head -c 118 /dev/zero; printf abc; head -c 125 /dev/zero; exec cat >/dev/null"
+    replace(shared, run, fake)
+    machine = view.machine()
+    assert machine
+    with pytest.raises(lightrun.EngineAbsent, match="cannot be understood"):
+        lightrun.Execs._kill_there(view, machine, container(shared, run), 104)
+
+
 def test_nothing_of_others_is_killed() -> None:
     assert not lightrun.kill_here(os.getpid(), "0" * 64)
     assert not lightrun.kill_here(os.getpid(), "")
     assert not lightrun.kill_here(1, "")
     assert not lightrun.kill_here(4_000_000, "a")
+
+
+def replace(daemon: Daemon, run: str, fake: str) -> None:
+    """Put a script in the shim's place."""
+    write = f"rm -rf {lightrun.SHIM}; printf '%s\\n' '#!/bin/sh' '{fake}' > {lightrun.SHIM}; chmod 755 {lightrun.SHIM}"
+    assert lines(daemon, run, write) == []
 
 
 @pytest.mark.parametrize(
@@ -363,8 +384,7 @@ def test_nothing_of_others_is_killed() -> None:
 def test_a_shim_that_was_replaced(shared: Daemon, sandbox: Sandbox, fake: str) -> None:
     """Nothing hangs, and commands are run without it."""
     run = sandbox()
-    write = f"rm -rf {lightrun.SHIM}; printf '%s\\n' '#!/bin/sh' '{fake}' > {lightrun.SHIM}; chmod 755 {lightrun.SHIM}"
-    assert lines(shared, run, write) == []
+    replace(shared, run, fake)
     began = time.monotonic()
     assert lines(shared, run, "echo hello") == ["hello"]
     assert time.monotonic() - began < 15
@@ -845,6 +865,36 @@ def test_output_that_breaks(broken: tuple[Daemon, Proxy], sandbox: Sandbox, faul
     assert state["logsTruncated"] or len(state["logs"]) == 10_020
     assert (state["reason"], state.get("exitCode")) in {("exited", 3), ("engine_error", None)}, state
     assert eventually(lambda: processes(own, run) == [lightrun.SHIM], SOON_SECONDS)
+
+
+@pytest.mark.parametrize("script", ["echo x > /begun", *longer("echo x > /begun; sleep 104")])
+def test_output_that_breaks_before_the_first_word(broken: tuple[Daemon, Proxy], sandbox: Sandbox, script: str) -> None:
+    """Nobody is told that a command could not be started which was, and none goes on."""
+    own, proxy = broken
+    for frames in (2, 3, 4):  # in which the engine passes on what the shim tells first, more or less
+        run, after = sandbox(on=own), 32 + lightrun.ENVIRONMENT_PIECE + 8 * frames + 1
+        proxy.inject("exec-start", "mid", "close", times=1, after=after)
+        response = post(own, run, entrypoint=script, timeout=3000)
+        proxy.mend()
+        begun = lines(own, run, "test ! -e /begun || echo begun") == ["begun"]
+        assert not begun or (response.status == 200 and "could not be started" not in response.text), (frames, response.text)
+        assert not any("sleep 104" in each for each in processes(own, run))
+
+
+def test_an_earlier_command_is_not_asked_for_all_the_time(broken: tuple[Daemon, Proxy], sandbox: Sandbox) -> None:
+    own, proxy = broken
+    run = sandbox(on=own)
+    with ThreadPoolExecutor() as pool:
+        going = pool.submit(execute, own, run, "sleep 107")
+        assert eventually(lambda: any("sleep 107" in each for each in top(own, run)))
+        own.kill()
+        assert going.exception()
+    rule = proxy.inject("exec-state", "before", "close")
+    own.start()
+    assert eventually(lambda: rule.hits)
+    assert not eventually(lambda: rule.hits > 4, 2)
+    proxy.mend()
+    assert eventually(lambda: processes(own, run) == [lightrun.SHIM])
 
 
 @pytest.mark.long
