@@ -22,6 +22,7 @@ import lightrun as module
 import soak
 from conftest import HELD, LABEL_RUN, LABEL_STATE, ROOT, Daemon, DaemonFactory, Receiver, Response, eventually, longer, release
 from engine import IMAGE
+from faults import Proxy
 from lightrun import parse_timestamp
 
 KILLED = -9
@@ -175,15 +176,32 @@ def test_kill_during_extraction(daemon: DaemonFactory, trap: str) -> None:
 
 def test_vanished_container_is_lost(daemon: DaemonFactory, engine: docker.APIClient) -> None:
     lightrun = daemon()
-    run = lightrun.detach(entrypoint="sleep 30")
-    started(lightrun, run)
+    run = lightrun.detach(entrypoint="echo out; sleep 30")
+    started(lightrun, run, "out")
     lightrun.kill()
     engine.remove_container(f"lightrun-{run}", force=True)
     restart(lightrun)
     state = lightrun.wait(run)
     assert (state["reason"], state["status"]) == ("lost", "failed")
     assert state["error"]
+    assert (state["logs"], state["logsTruncated"]) == ([], True)
     assert "exitCode" not in state
+
+
+def test_kill_while_a_run_is_brought_up_again(daemon: DaemonFactory, engine: docker.APIClient) -> None:
+    """Its container vanished before it could be started: the next one has the files, too, and is the one that is run."""
+    with contextlib.closing(Proxy()) as proxy:
+        lightrun = daemon("--docker-host", proxy.host, env={"LIGHTRUN_TRAP": "Engine.put before 2"})
+        rule = proxy.inject("start", "before", "hang", times=1)
+        run = lightrun.detach(entrypoint="cat file", files={"file": "here\n"})
+        assert eventually(lambda: rule.held)
+        engine.remove_container(f"lightrun-{run}")
+        proxy.mend()
+        dies(lightrun)
+        restart(lightrun)
+        state = lightrun.wait(run)
+        assert (state["reason"], state["exitCode"], state["logs"]) == ("exited", 0, ["here"])
+        lightrun.stop()
 
 
 def test_queue_and_its_order_survive(daemon: DaemonFactory) -> None:
