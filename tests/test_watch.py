@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import tarfile
@@ -979,6 +980,37 @@ def test_events_that_lack_the_beginning_say_so(daemon: DaemonFactory) -> None:
     run = lightrun.run(entrypoint="seq 1 1000")["id"]
     events = [json.loads(line)["event"] for line in lightrun.request("GET", f"/runs/{run}/events").body.splitlines()]
     assert events[:3] == ["accepted", "gap", "started"]
+
+
+def test_a_run_that_is_over_before_its_follower_looks_has_started_too(tmp_path: Path) -> None:
+    settings = lightrun.Settings(state_dir=tmp_path)
+    store, metrics = lightrun.Store(tmp_path), lightrun.Metrics()
+    engine, evictor = lightrun.Engine(settings, store.id), lightrun.Evictor(store, settings)
+    callbacks = lightrun.Callbacks(store, ())
+    runner = lightrun.Runner(settings, store, engine, evictor, callbacks, metrics)
+    execs = lightrun.Execs(settings, store, engine, evictor, runner.tree, metrics)
+    api = lightrun.Api(settings, store, engine, runner, execs, evictor, callbacks, metrics)
+    request = lightrun.RunRequest.parse(json.dumps(request_body("true")).encode(), settings)
+    run, job = runner.submit(request, None, str)
+    assert job
+    events = api._events(lightrun.Call({}, {}, threading.Event()), run, job, True)
+    early = [next(events), next(events)]
+    assert job.done.wait(20)
+    assert [event["event"] for event in (*early, *events) if event] == ["accepted", "started", "finished"]
+    assert eventually(lambda: not runner.places.taken())
+    store.close()
+
+
+def test_output_that_is_lost_at_the_end_is_a_gap_there(lightrun_tcp: Daemon, engine: docker.APIClient) -> None:
+    run = lightrun_tcp.detach(entrypoint=LONG, network="none")
+    ready(lightrun_tcp, run)
+    lightrun_tcp.process.send_signal(signal.SIGSTOP)  # else it may see how the container ends
+    engine.remove_container(f"lightrun-{run}", force=True)
+    lightrun_tcp.process.send_signal(signal.SIGCONT)
+    state = lightrun_tcp.wait(run)
+    assert (state["reason"], state["logs"], state["logsTruncated"]) == ("lost", ["ready"], True)
+    events = [json.loads(line)["event"] for line in lightrun_tcp.request("GET", f"/runs/{run}/events").body.splitlines()]
+    assert events == ["accepted", "gap", "started", "log", "gap", "finished"]
 
 
 def since(daemon: Daemon, run: str, start: int, more: str = "") -> tuple[int, bytes]:
