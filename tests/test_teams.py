@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,76 @@ def starts(daemon: Daemon, runs: dict[str, str]) -> str:
     """The teams of runs by the order of their starts."""
     states = {run: daemon.wait(run, 120) for run in runs}
     return "".join(runs[run] for run in sorted(states, key=lambda run: str(states[run]["startedAt"])))
+
+
+class Work:
+    """Places whose jobs run until they are told to end."""
+
+    def __init__(self, most: int) -> None:
+        self.places, self._ends = lightrun.Places(most, 100, self._execute), threading.Semaphore(0)
+        self.begun: list[str] = []
+
+    def _execute(self, job: Any) -> None:
+        self.begun.append(job.run.owner)
+        assert self._ends.acquire(timeout=20)
+
+    def add(self, owners: str) -> list[Any]:
+        """One job of each of these owners."""
+        jobs: list[Any] = [types.SimpleNamespace(run=types.SimpleNamespace(owner=owner)) for owner in owners]
+        for job in jobs:
+            self.places.take(job.run.owner)
+            self.places.enqueue(job)
+        return jobs
+
+    def end(self) -> str:
+        """Let all end, and tell in which order they began."""
+        self._ends.release(100)
+        assert eventually(lambda: not self.places.taken())
+        assert self.places.queued() == 0
+        return "".join(self.begun)
+
+
+def test_names_take_turns() -> None:
+    work = Work(1)
+    work.add("aaaaabbcb")
+    assert work.end() == "aabcababa"
+
+
+def test_a_name_that_may_not_run_more_is_passed_over() -> None:
+    work = Work(3)
+    work.places.limit([lightrun.Token("x", "a", (1, 2)), lightrun.Token("y", "b", (2, None))])
+    work.add("aaabb")
+    with pytest.raises(lightrun.Unavailable, match="2 runs of a may wait"):
+        work.places.take("a")
+    assert eventually(lambda: sorted(work.begun) == ["a", "b", "b"])
+    assert work.places.queued() == 2
+    work.places.limit([])
+    assert work.end()[3:] == "aa"
+
+
+def test_a_job_that_only_has_to_end_needs_no_place() -> None:
+    work = Work(1)
+    jobs = work.add("abc")
+    for _ in range(2):
+        work.places.at_once(jobs[2])
+    assert eventually(lambda: sorted(work.begun) == ["a", "c"])
+    assert (work.places.queued(), work.places.taken()) == (1, 3)
+    assert work.end()[2:] == "b"
+
+
+def test_a_job_waits_on_while_there_is_no_thread_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(1)
+
+    def fail(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", fail)
+        jobs = work.add("abc")
+        work.places.at_once(jobs[2])
+    assert (work.begun, work.places.queued(), work.places.taken()) == ([], 3, 3)
+    work.places.hire()
+    assert work.end() == "abc"
 
 
 @pytest.mark.long
