@@ -280,9 +280,12 @@ def test_a_program_that_is_not_there(shared: Daemon, room: str) -> None:
     assert execute(shared, room, ["/app"])["exitCode"] == 126
 
 
-def test_an_exit_code_that_engines_give_too(shared: Daemon, room: str) -> None:
-    state = execute(shared, room, f"exit {lightrun.ATTACH_BROKE}")
+def test_an_exit_code_that_engines_give_too(shared: Daemon, sandbox: Sandbox) -> None:
+    """It is the program's own all the same, and what the program leaves behind goes on as after any other."""
+    run = sandbox()
+    state = execute(shared, run, f"sleep 105 >/dev/null 2>&1 & exit {lightrun.ATTACH_BROKE}")
     assert (state["reason"], state["exitCode"], state["logsTruncated"]) == ("exited", lightrun.ATTACH_BROKE, False)
+    assert "sleep 105" in processes(shared, run)
 
 
 @pytest.mark.long

@@ -227,7 +227,8 @@ class Work:
 
     def add(self, owners: str) -> list[Any]:
         """One job of each of these owners."""
-        jobs: list[Any] = [types.SimpleNamespace(run=types.SimpleNamespace(owner=owner)) for owner in owners]
+        runs = [types.SimpleNamespace(owner=owner) for owner in owners]
+        jobs: list[Any] = [types.SimpleNamespace(run=run, begun=False, asked=None) for run in runs]
         for job in jobs:
             self.places.take(job.run.owner)
             self.places.enqueue(job)
@@ -262,8 +263,9 @@ def test_a_name_that_may_not_run_more_is_passed_over() -> None:
 def test_a_job_that_only_has_to_end_needs_no_place() -> None:
     work = Work(1)
     jobs = work.add("abc")
+    jobs[2].asked = lightrun.Ask("cancelled")
     for _ in range(2):
-        work.places.at_once(jobs[2])
+        work.places.hire()
     assert eventually(lambda: sorted(work.begun) == ["a", "c"])
     assert (work.places.queued(), work.places.taken()) == (1, 3)
     assert work.end()[2:] == "b"
@@ -277,11 +279,11 @@ def test_a_job_waits_on_while_there_is_no_thread_for_it(monkeypatch: pytest.Monk
 
     with monkeypatch.context() as without:
         without.setattr(threading.Thread, "start", fail)
-        jobs = work.add("abc")
-        work.places.at_once(jobs[2])
+        work.add("aab")[2].begun = True
+        work.places.hire()
     assert (work.begun, work.places.queued(), work.places.taken()) == ([], 3, 3)
     work.places.hire()
-    assert work.end() == "abc"
+    assert work.end() == "baa"
 
 
 @pytest.mark.long
