@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import lightrun
@@ -525,10 +525,12 @@ HOPS = st.ip_addresses().map(str) | st.sampled_from(["10.0.0.1", "127.0.0.1", ":
     HOPS.filter(bool), st.none() | st.lists(HOPS, max_size=5),
     st.lists(st.sampled_from(["unix", "10.0.0.0/8", "127.0.0.1", "0.0.0.0/0", "::/0"])),
 )  # fmt: skip
+@example("0.0.0.0", ["::ffff:10.0.0.1"], ["0.0.0.0/0"])
 def test_the_remote_is_who_asks_or_one_that_a_proxy_has_named(address: str, hops: list[str] | None, trusted: list[str]) -> None:
     environ = {"REMOTE_ADDR": address, **({} if hops is None else {"HTTP_X_FORWARDED_FOR": " , ".join(hops)})}
     remote, own = lightrun.remote(environ, trusted), address.removeprefix("::ffff:")
     named = [ipaddress.ip_address(hop) for hop in hops or [] if hop not in {"localhost", "x", ""}]
+    named = [getattr(hop, "ipv4_mapped", None) or hop for hop in named]
     assert remote == own or ipaddress.ip_address(remote) in named
     assert trusted or remote == own
 
