@@ -5096,14 +5096,13 @@ class Callbacks:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def choose_victims(candidates: Iterable[tuple[str, int]], spared: str, excess_bytes: int, excess_runs: int) -> Iterator[str]:
-    """The oldest runs whose removal brings both excesses to zero, never the `spared` one. Pure; as lazy as its input."""
+def choose_victims(candidates: Iterable[tuple[str, int]], excess_bytes: int, excess_runs: int) -> Iterator[str]:
+    """The oldest runs whose removal brings both excesses to zero. Pure; as lazy as its input."""
     for run_id, size in candidates:
         if excess_bytes <= 0 and excess_runs <= 0:
             return
-        if run_id != spared:
-            excess_bytes, excess_runs = excess_bytes - size, excess_runs - 1
-            yield run_id
+        excess_bytes, excess_runs = excess_bytes - size, excess_runs - 1
+        yield run_id
 
 
 class Evictor:
@@ -5117,6 +5116,7 @@ class Evictor:
         self._held: collections.Counter[str] = collections.Counter()
         self.evicted = 0  # runs
         self._uploads = 0  # bytes of uploads of runs that have not started
+        self.fresh: set[str] = set()  # runs that have ended, and stay until the eviction after the next
 
     def hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
         """Keep the artifacts that a request refers to, and count an upload, until that is closed."""
@@ -5136,15 +5136,18 @@ class Evictor:
             self._held -= held
             self._uploads -= size
 
-    def evict(self, just_finished: str) -> None:
-        """Bring what is kept under the caps."""
+    def evict(self, ended: bool = True) -> None:
+        """Bring what is kept under the caps, for a run that has ended or, if not, for an upload. Fresh runs stay: that one, and
+        those beside it that end just now."""
         with self._lock:
+            spared = set(self.fresh)
+            self.fresh -= spared if ended else set()
             size, count = self._store.usage()
             excess = size + self._uploads - self._max_bytes, count - self._max_runs
             if max(excess) <= 0:
                 return
-            candidates = (each for each in self._store.removable() if each[0] not in self._held)
-            for run_id in choose_victims(candidates, just_finished, *excess):
+            candidates = (each for each in self._store.removable() if each[0] not in self._held and each[0] not in spared)
+            for run_id in choose_victims(candidates, *excess):
                 with contextlib.suppress(NotFound, Conflict):  # deleted by a client meanwhile, or held
                     self.remove(run_id)
                     self.evicted += 1
@@ -5793,7 +5796,7 @@ class Runner:
         log.info("run %s accepted from %s: %s", run.id, remote or "nobody", run.image, extra={"fields": fields})
         if upload:
             with contextlib.suppress(LightrunError):  # the next run tries again
-                self._evictor.evict("")
+                self._evictor.evict(ended=False)
         self.places.enqueue(job)
         return job
 
@@ -5943,7 +5946,7 @@ class Runner:
         self._let_go(job)
         job.patience.close()
         with contextlib.suppress(LightrunError):  # the next run tries again
-            self._evictor.evict(job.run.id)
+            self._evictor.evict()
 
     def _let_go(self, job: Job) -> None:
         """Remove the run's container, or have the keeper do it."""
@@ -6611,6 +6614,7 @@ class Runner:
         state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}
         state.pop("owner", None)
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
+        self._evictor.fresh.add(run.id)
         self._insist(job, lambda: self._store.finish(run, frames, packed))
         if not run.artifacts:
             remove_tree(self._settings.artifacts_root() / run.id)  # of an extraction that was cut short

@@ -733,7 +733,7 @@ def measure_eviction(bench: Bench) -> list[Row]:
                     run = lightrun.Run(str(uuid.uuid4()), IMAGE, time.time(), waited=True)
                     store.add(run)
                     store.finish(finished(run), b"")
-                took = milliseconds(lambda: lightrun.Evictor(store, settings).evict(""))
+                took = milliseconds(lambda: lightrun.Evictor(store, settings).evict())
                 if store.usage()[1] != count:
                     raise BenchmarkError(f"eviction left {store.usage()[1]} runs, not {count}")
                 return took

@@ -280,7 +280,7 @@ class Proxy:
     def _exchange(self, client: socket.socket, request: Request) -> bool:
         """One request and its answer; whether another may follow."""
         rule = self._rule(request)
-        rest = request.rest(rule.fault == "reset" and (request.call not in FEEDS or rule.point == "before"))
+        rest = request.rest(rule.fault == "reset" and (request.call not in DUPLEX or rule.point == "before"))
         if rule.point == "before" and not self._strike(client, request, rule):
             return False
         upstream, over = socket.socket(socket.AF_UNIX), threading.Event()
