@@ -57,8 +57,7 @@ NETWORK = "lightrun"
 START_SECONDS = 30.0
 STOP_SECONDS = 20.0
 SETTLE_SECONDS = 20.0
-# More than there are cores: a test waits for the engine half of its time.
-WORKERS = 1 + (os.cpu_count() or 1)  # With more, tests of what is in time begin to fail.
+WORKERS = 2 + (os.cpu_count() or 1)  # More than there are cores: a test waits for the engine half of its time.
 SESSION_VARIABLE = "LIGHTRUN_TEST_SESSION"
 ALONE = "alone"
 # In the session's folder, for all workers.

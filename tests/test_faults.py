@@ -409,6 +409,7 @@ def test_one_container_that_cannot_be_removed(proxied: Proxied, engine: docker.A
     assert eventually(lambda: not lightrun.containers(), END_SECONDS)
 
 
+@pytest.mark.long
 def test_an_absence_while_one_cannot_be_removed(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the pause until that is tried again: runs are accepted as soon as the engine is back."""
     monkeypatch.setitem(faults.LOWERED, "RETRY_SECONDS", 0.2)
