@@ -787,7 +787,7 @@ def test_what_is_ignored_stays_ignored(start: Start, sandbox: str) -> None:
         assert process.wait(20) == 5
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [1, *longer(2)])
 def test_a_signal_while_artifacts_come_leaves_no_half_file(start: Start, shared: Daemon, tmp_path: Path, signals: int) -> None:
     run = shared.run(entrypoint="head -c 30000000 /dev/urandom > o", extract=["o"])["id"]
     with contextlib.closing(Breaker(shared, 30 * MIB, pause=0.02)) as slow:

@@ -398,7 +398,7 @@ def owned_images(engine_api: EngineApi) -> Iterator[dict[str, str]]:
         remove_image(engine_api, image)
 
 
-@pytest.mark.parametrize("user", ["", "1000:50", "maker", *longer("1000", "maker:staff", "4242")])
+@pytest.mark.parametrize("user", ["", "1000:50", *longer("1000", "maker", "maker:staff", "4242")])
 def test_what_lightrun_makes_is_the_users_and_what_the_image_has_stays(
     lightrun: Daemon, owned_images: dict[str, str], user: str
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import docker
 import pytest
 
-from conftest import Daemon, DaemonFactory, Receiver, Response, eventually, free_port
+from conftest import Daemon, DaemonFactory, Receiver, Response, eventually, free_port, longer
 from engine import IMAGE
 from images import Registry
 
@@ -142,8 +142,8 @@ def nothing_is_left(daemon: Daemon) -> None:
     ("fields", "reason"),
     [
         ({"entrypoint": "echo out > o; echo $S | wc -c; cat f - | wc -c", "extract": ["o"]}, "exited"),
-        ({"entrypoint": "exit 3", "extract": ["."], "extractOn": "exit", "workdir": "/tmp/w"}, "exited"),
-        ({"entrypoint": ["no-such-program"]}, "exited"),
+        *longer(({"entrypoint": "exit 3", "extract": ["."], "extractOn": "exit", "workdir": "/tmp/w"}, "exited"),
+                ({"entrypoint": ["no-such-program"]}, "exited")),
         ({"entrypoint": "sleep 60", "timeout": 300}, "timeout"),
         ({"entrypoint": "true", "workdir": "/bin/busybox"}, "start_failed"),
         ({"image": "127.0.0.1:1/x"}, "pull_failed"),

@@ -423,6 +423,7 @@ def restart(daemon: Daemon, trap: str = "") -> None:
     daemon.start(wait=not trap)
 
 
+@pytest.mark.long
 def test_detached_and_keyed_runs_are_warm_too(pair: tuple[Daemon, Daemon]) -> None:
     _, warm = pair
     for length in (0, 1, lightrun.PIPE_BYTES):
@@ -563,6 +564,7 @@ def run_warm_when_there(daemon: Daemon, image: str) -> dict[str, Any]:
     return run_warm(daemon, image=image, entrypoint="echo x")
 
 
+@pytest.mark.long
 def test_an_image_that_is_not_to_be_had(daemon: DaemonFactory) -> None:
     """It is asked for less and less often, whatever becomes of the other pools."""
     lightrun_ = daemon("--warm", "lightrun/nosuch=1/none", "--warm", f"{IMAGE}=1/none", "--pull", "never")
