@@ -203,6 +203,7 @@ def test_memory_that_suffices_is_no_want(metered: Daemon) -> None:
 # ---------------------------------------------------------------- cpuTime
 
 
+@pytest.mark.alone("judges how soon a kill comes")
 @pytest.mark.parametrize(("cpus", "loops"), [(1, 1), pytest.param(0.5, 1, marks=pytest.mark.long), (2, 3)])
 def test_cpu_time_is_kept_to(daemon: DaemonFactory, cpus: float, loops: int) -> None:
     lightrun_ = daemon("--cpus", "2")
@@ -213,6 +214,7 @@ def test_cpu_time_is_kept_to(daemon: DaemonFactory, cpus: float, loops: int) -> 
     assert 600 <= state["usage"]["cpuMs"] <= 600 + 100 * cpus
 
 
+@pytest.mark.alone("judges how soon a kill comes")
 def test_cpu_time_of_many_processes(metered: Daemon) -> None:
     fork = "while :; do (i=0; while [ $i -lt 5000 ]; do i=$((i+1)); done); done"
     state = metered.run(entrypoint=fork, cpuTime=500, extract=["out"], extractOn="exit")
