@@ -5116,7 +5116,7 @@ class Evictor:
         self._held: collections.Counter[str] = collections.Counter()
         self.evicted = 0  # runs
         self._uploads = 0  # bytes of uploads of runs that have not started
-        self.fresh: set[str] = set()  # runs that have ended, and stay until the eviction after the next
+        self._latest, self._pending = "", set[str]()  # of runs that have ended, the last, and those whose own eviction is to come
 
     def hold(self, request: RunRequest, upload: Upload | None) -> contextlib.ExitStack:
         """Keep the artifacts that a request refers to, and count an upload, until that is closed."""
@@ -5136,22 +5136,28 @@ class Evictor:
             self._held -= held
             self._uploads -= size
 
-    def evict(self, ended: bool = True) -> None:
-        """Bring what is kept under the caps, for a run that has ended or, if not, for an upload. Fresh runs stay: that one, and
-        those beside it that end just now."""
+    def ended(self, run_id: str) -> None:
+        """A run ends: it stays until another one has, and then until its own eviction."""
+        with self._held_lock:
+            self._latest = run_id
+            self._pending.add(run_id)
+
+    def evict(self, run_id: str = "") -> None:
+        """Bring what is kept under the caps, for a run that has ended or for an upload."""
         with self._lock:
-            spared = set(self.fresh)
-            self.fresh -= spared if ended else set()
+            with self._held_lock:
+                self._pending.discard(run_id)
+                spared = {*self._pending, self._latest}
             size, count = self._store.usage()
             excess = size + self._uploads - self._max_bytes, count - self._max_runs
             if max(excess) <= 0:
                 return
             candidates = (each for each in self._store.removable() if each[0] not in self._held and each[0] not in spared)
-            for run_id in choose_victims(candidates, *excess):
+            for victim in choose_victims(candidates, *excess):
                 with contextlib.suppress(NotFound, Conflict):  # deleted by a client meanwhile, or held
-                    self.remove(run_id)
+                    self.remove(victim)
                     self.evicted += 1
-                    log.info("evicted run %s", run_id, extra={"fields": {"run": run_id}})
+                    log.info("evicted run %s", victim, extra={"fields": {"run": victim}})
 
     def remove(self, run_id: str) -> None:
         """Remove a finished run. The record goes first: a folder without one is recognised and removed at the next
@@ -5796,7 +5802,7 @@ class Runner:
         log.info("run %s accepted from %s: %s", run.id, remote or "nobody", run.image, extra={"fields": fields})
         if upload:
             with contextlib.suppress(LightrunError):  # the next run tries again
-                self._evictor.evict(ended=False)
+                self._evictor.evict()
         self.places.enqueue(job)
         return job
 
@@ -5946,7 +5952,7 @@ class Runner:
         self._let_go(job)
         job.patience.close()
         with contextlib.suppress(LightrunError):  # the next run tries again
-            self._evictor.evict()
+            self._evictor.evict(job.run.id)
 
     def _let_go(self, job: Job) -> None:
         """Remove the run's container, or have the keeper do it."""
@@ -6614,7 +6620,7 @@ class Runner:
         state = whole_state({**run.head(), "callback": None}, run.tail(), frames) if run.callback else {}
         state.pop("owner", None)
         packed = Callbacks.packed(job.request, to_json(state)) if state else None
-        self._evictor.fresh.add(run.id)
+        self._evictor.ended(run.id)
         self._insist(job, lambda: self._store.finish(run, frames, packed))
         if not run.artifacts:
             remove_tree(self._settings.artifacts_root() / run.id)  # of an extraction that was cut short

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import sqlite3
 import stat
@@ -453,15 +454,14 @@ def test_no_more_candidates_are_looked_at_than_needed() -> None:
     assert list(victims) == []
 
 
-def test_runs_that_end_beside_each_other_outlive_each_others_evictions(store: Store, tmp_path: Path) -> None:
-    """However late the first one's comes; then the oldest goes."""
+@pytest.mark.parametrize("order", [*itertools.permutations(("one", "two", "three"))])
+def test_runs_that_end_beside_each_other_outlive_each_others_evictions(store: Store, tmp_path: Path, order: list[str]) -> None:
+    """In whatever order these come, the last one stays."""
     evictor = Evictor(store, Settings(state_dir=tmp_path / "state", keep=1))
     for name in ("one", "two", "three"):
         finished(store, name)
-    evictor.fresh |= {"two", "three"}
-    evictor.evict(ended=False)
-    assert ids(store.heads(None, None, 10)) == ["three", "two"]
-    evictor.evict()
-    assert ids(store.heads(None, None, 10)) == ["three", "two"]
-    evictor.evict()
-    assert ids(store.heads(None, None, 10)) == ["three"]
+        evictor.ended(name)
+    for count, name in enumerate(order, 1):
+        evictor.evict(name)
+        kept = {each for each in ("one", "two", "three") if each == "three" or each not in order[:count]}
+        assert set(ids(store.heads(None, None, 10))) == kept
