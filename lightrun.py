@@ -5147,7 +5147,7 @@ class Evictor:
         with self._lock:
             with self._held_lock:
                 self._pending.discard(run_id)
-                spared = {*self._pending, self._latest}
+                spared = {*self._pending, self._latest if run_id else ""}  # for an upload the last may go as well
             size, count = self._store.usage()
             excess = size + self._uploads - self._max_bytes, count - self._max_runs
             if max(excess) <= 0:
