@@ -2413,13 +2413,11 @@ class Tree:
 
     def _named(self, reference: Reference, kept: list[dict[str, Any]] | None, *where: str) -> Iterator[Entry]:
         """The artifact that is named, and what is in it, under their own paths; `kept` is all that its run has."""
-        path, all_of_it = reference.path, kept or []
+        path, chosen = reference.path, kept or []
         if path:
             bounds = (path, path + "\0", path + "/", path + "0")  # "0" follows "/"
-            own, after, inside, end = (bisect.bisect_left(all_of_it, each, key=operator.itemgetter("path")) for each in bounds)
-            chosen = all_of_it[own:after] + all_of_it[inside:end]
-        else:
-            chosen = all_of_it
+            own, after, inside, end = (bisect.bisect_left(chosen, each, key=operator.itemgetter("path")) for each in bounds)
+            chosen = chosen[own:after] + chosen[inside:end]
         if kept is None or (path and not chosen):
             message = f"there is no artifact {reference.run_id}/{path} of a run that has ended"
             raise BadRequest(details=[problem(message, *where, "artifact")])
@@ -7174,13 +7172,14 @@ class Execs:
             reader, late = FrameReader(), time.monotonic() + KILL_SECONDS
             while len(told) < 256 and (data := stream.next(seconds=late - time.monotonic())):
                 told += b"".join(bytes(payload) for _, payload in reader.feed(data))
+            leader = told[:128].rstrip(b"\0")  # its program's path
             with asked_to("kill a command"):
-                groups = [pid, *(map(int, told[128:256].rstrip(b"\0").split()) if is_init(told[:128]) else ())]
-                groups = [] if over and not told[:128].rstrip(b"\0") else groups
+                groups = [pid] if leader or not over else []
+                groups += map(int, told[128:256].rstrip(b"\0").split()) if is_init(leader) else ()
                 killing = [("kill", ANY_RESULT, -group, signal.SIGKILL) for group in groups]
                 stream.wire.send(shim_frame(machine, [*killing, ("exit_group", 0, 0)]))
             stream.next(seconds=KILL_SECONDS)
-        return bool(told[:128].rstrip(b"\0"))
+        return bool(leader)
 
 
 def is_init(path: bytes) -> bool:
@@ -7931,11 +7930,11 @@ class Api:
             yield event
         if not started and job and job.run.started:  # it was over before a word was told
             yield {"event": "started"}
-        missing = max((job.log.taken() if job else at).values(), default=math.inf) <= self._settings.log_limit  # if it says so
+        short = max((job.log.taken() if job else at).values(), default=math.inf) <= self._settings.log_limit
         if job:
-            missing = follow and not job.log.full and (job.in_doubt or (missing and job.run.logs_truncated and not lacks))
-        elif missing:
-            missing = lacks and head["reason"] != "output_limit"
+            missing = follow and not job.log.full and (job.in_doubt or (short and job.run.logs_truncated and not lacks))
+        else:
+            missing = short and lacks and head["reason"] != "output_limit"
         if missing:
             yield {"event": "gap"}  # at the end, where no follower could be cut off
         if follow or job is None:
@@ -9009,16 +9008,20 @@ class Client:
 
     def _order(self, method: str, path: str, body: bytes | None = None) -> None:
         """Have something done that cannot be done twice: once it was asked for, that it is done already is as good."""
-        patience, lost = _Patience(), False
-        while True:
+        lost = False
+
+        def step() -> None:
+            nonlocal lost
             try:
                 with self._ask(method, path, body, {"Content-Type": JSON} if body else None):
-                    return
+                    pass
             except (ConnectionLost, ApiError) as error:
                 if lost and error.code in {"not_found", "not_running"}:
                     return
                 lost = lost or isinstance(error, ConnectionLost) or error.status in {502, 504}  # a proxy's, whose node has gone
-                patience.bear(error)
+                raise
+
+        self._persist(step)
 
     def _events(self, method: str, path: str, body: bytes | None = None) -> Iterator[dict[str, Any]]:
         """The events of an answer as they come, once. The last one is `finished` or `running`. Raises ConnectionLost."""
