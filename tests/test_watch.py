@@ -692,6 +692,7 @@ def test_delete_waits_for_the_end(lightrun_tcp: Daemon) -> None:
     assert lightrun_tcp.request("DELETE", f"/runs/{run}").status == 404
 
 
+@pytest.mark.alone("cancels within milliseconds")
 def test_an_early_cancel_never_lets_the_command_run(lightrun_tcp: Daemon, engine: docker.APIClient) -> None:
     since = int(time.time()) - 1
     runs = []
